@@ -1,0 +1,133 @@
+"""The aligners: what each adds to patches and words, and how it scores every image with every caption.
+
+An aligner sees tokens, never pixels or captions. To add one: a class with the four members of [`Aligner`] and a line in
+`ALIGNERS` (and in `POOLINGS` of the config). `image` and `text` are any objects with the named fields, such as the outputs
+of `get_image_features` and `get_text_features`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .losses import gaussian_kl, reconstruction_loss, region_entropy
+from .regions import RegionMixture
+from .saliency import SaliencyAdapter
+from .similarity import hard_alignment, level_similarities
+
+
+class Aligner(nn.Module):
+    """Base: no parts of its own, one level, no regulariser."""
+
+    level_weights: tuple[float, ...] = (1.0,)
+    level_names: tuple[str, ...] = ("contrastive",)
+
+    def __init__(self, config):
+        super().__init__()
+
+    def describe_image(self, patch_embeds: Tensor, patch_mask: Tensor) -> dict[str, Tensor]:
+        """(B, Lv, d) unit-length patches, (B, Lv) mask -> further fields of the image features."""
+        return {}
+
+    def describe_text(self, word_embeds: Tensor, word_mask: Tensor) -> dict[str, Tensor]:
+        """(C, Lt, d) unit-length words, (C, Lt) mask -> further fields of the text features."""
+        return {}
+
+    def similarities(self, image, text) -> Tensor:
+        """Scores of every image with every caption, (levels, B, C), float32."""
+        raise NotImplementedError
+
+    def regularisers(self, image) -> dict[str, tuple[float, Tensor]]:
+        """Loss terms besides the contrastive ones: name -> (weight, value)."""
+        return {}
+
+
+class GRM(Aligner):
+    """Granularity-aware and region-uncertain modelling (AAAI 2026): adapters, region mixture, three levels."""
+
+    level_names = ("contrastive_original", "contrastive_key", "contrastive_uncertain")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.level_weights = tuple(config.level_weights)
+        self.weights = {
+            "reconstruction": config.reconstruction_weight,
+            "kl": config.kl_weight,
+            "entropy": config.entropy_weight,
+        }
+        self.patch_adapter = SaliencyAdapter(config.projection_dim, config.saliency_temperature)
+        self.word_adapter = SaliencyAdapter(config.projection_dim, config.saliency_temperature)
+        self.regions = RegionMixture(config.projection_dim, config.num_regions, config.region_logit_scale)
+
+    def describe_image(self, patch_embeds: Tensor, patch_mask: Tensor) -> dict[str, Tensor]:
+        saliency = self.patch_adapter(patch_embeds) * patch_mask
+        return {"patch_saliency": saliency, **self.regions(patch_embeds * saliency[..., None], patch_mask)}
+
+    def describe_text(self, word_embeds: Tensor, word_mask: Tensor) -> dict[str, Tensor]:
+        return {"word_saliency": self.word_adapter(word_embeds) * word_mask}
+
+    def similarities(self, image, text) -> Tensor:
+        return level_similarities(
+            image.patch_embeds,
+            text.word_embeds,
+            text.word_mask,
+            patch_mask=image.patch_mask,
+            patch_saliency=image.patch_saliency,
+            word_saliency=text.word_saliency,
+            region_embeds=image.region_embeds,
+        )
+
+    def regularisers(self, image) -> dict[str, tuple[float, Tensor]]:
+        salient_patches = image.patch_embeds * image.patch_saliency[..., None]
+        values = {
+            "reconstruction": reconstruction_loss(image.region_embeds, salient_patches, image.patch_mask),
+            "kl": gaussian_kl(image.region_means, image.region_log_vars),
+            "entropy": region_entropy(image.region_affinity, image.patch_mask),
+        }
+        return {name: (self.weights[name], value) for name, value in values.items()}
+
+
+class MaxMean(Aligner):
+    """Bidirectional max-mean of the plain tokens: GRM with everything switched off."""
+
+    def similarities(self, image, text) -> Tensor:
+        return level_similarities(image.patch_embeds, text.word_embeds, text.word_mask, patch_mask=image.patch_mask)
+
+
+class CHAN(Aligner):
+    """Hard alignment (Pan, Wu, Zhang; CVPR 2023): only the best patch of each word counts."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pooling = config.pooling
+
+    def similarities(self, image, text) -> Tensor:
+        return hard_alignment(
+            image.patch_embeds, text.word_embeds, text.word_mask, patch_mask=image.patch_mask, pooling=self.pooling
+        )[None]
+
+
+class VSE(Aligner):
+    """VSE++ (BMVC 2018): tokens pooled to one vector a side, and their cosine."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pooling = config.pooling
+
+    def similarities(self, image, text) -> Tensor:
+        pooled_image = _pool(image.patch_embeds, image.patch_mask, self.pooling)
+        pooled_text = _pool(text.word_embeds, text.word_mask, self.pooling)
+        with torch.autocast(pooled_image.device.type, enabled=False):
+            return (pooled_image @ pooled_text.T)[None]
+
+
+def _pool(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """(n, L, d) tokens -> (n, d) unit-length vectors; a row without tokens gives 0."""
+    if pooling == "max":
+        pooled = tokens.masked_fill(~mask[..., None], -torch.inf).amax(1).masked_fill(~mask.any(1, keepdim=True), 0)
+    else:
+        pooled = tokens.masked_fill(~mask[..., None], 0).sum(1)
+    return nn.functional.normalize(pooled, dim=-1)
+
+
+ALIGNERS: dict[str, type[Aligner]] = {"grm": GRM, "max_mean": MaxMean, "chan": CHAN, "vse++": VSE}

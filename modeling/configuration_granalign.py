@@ -1,0 +1,126 @@
+# Copyright 2026 The granalign authors. Licensed under the Apache License, Version 2.0.
+"""GranAlign configuration."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .encoders import num_prefix_tokens, special_token_ids
+
+POOLINGS = {"grm": ("mean",), "max_mean": ("mean",), "chan": ("mean", "logsumexp"), "vse++": ("mean", "max")}
+
+
+@strict
+class GranAlignConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`GranAlignModel`]: a vision encoder, a text encoder, and the aligner that scores their tokens.
+
+    The defaults are those of GRM (AAAI 2026, arXiv 2511.07710); the paper's symbol stands in brackets.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Config of the vision encoder, any that returns tokens or a feature map. Defaults to a ViT-B/16.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Config of the text encoder. Defaults to a BERT-base.
+        aligner (`str`, defaults to `"grm"`):
+            `"grm"`; `"chan"`: hard alignment; `"vse++"`: pooled vectors and their cosine; `"max_mean"`: the bidirectional
+            maximum of GRM without adapters and regions.
+        pooling (`str`, defaults to `"mean"`):
+            How tokens are pooled: `"mean"` or `"logsumexp"` over the words for CHAN, `"mean"` or `"max"` for VSE++.
+        projection_dim (`int`, defaults to 512):
+            Width of the shared token space [d].
+        num_regions (`int`, defaults to 5):
+            Number of region prompts [K], at least 1.
+        region_logit_scale (`float`, defaults to 1.0):
+            Factor on the cosine of patch and region prompt before the sigmoid. 1 in the paper, where the affinities lie
+            in 0.27..0.73; larger values separate the regions.
+        saliency_temperature (`float`, defaults to 1.0):
+            Temperature of the Gumbel softmax [tau].
+        level_weights (`list[float]`, defaults to `[0.4, 0.4, 0.2]`):
+            Weights of the original, key and uncertain level, in the loss and in the score [a, b, c]; they sum to 1.
+        margin (`float`, defaults to 0.2):
+            Margin of the hinge loss [alpha].
+        reconstruction_weight (`float`, defaults to 0.01):
+            Weight of the reconstruction loss [L_recon].
+        kl_weight (`float`, defaults to 0.001):
+            Weight of the KL divergence to the standard normal [L_KL], which is averaged over regions and features.
+        entropy_weight (`float`, defaults to 0.01):
+            Weight of the entropy of the region affinities [L_ent]; positive: minimised, as printed in the paper.
+        use_special_tokens (`bool`, defaults to `True`):
+            Whether CLS, SEP and other special tokens take part as words. A caption of special tokens only keeps them.
+        use_prefix_tokens (`bool`, defaults to `False`):
+            Whether class and register tokens take part as patches; they stand before the grid then.
+        special_token_ids (`list[int]`, *optional*):
+            Ids of the special tokens. Defaults to those that `text_config` declares.
+        num_prefix_tokens (`int`, *optional*):
+            Number of class, distillation and register tokens before the patches. Defaults to what the type of
+            `vision_config` says, 0 for a type that is not known.
+        patch_pool_size (`int`, defaults to 1):
+            Side of the square of neighbouring patches that are averaged into one before they are projected.
+
+    Raises:
+        ValueError: a value out of its range, or a `pooling` that the aligner does not have.
+    """
+
+    model_type = "granalign"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+
+    vision_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
+    aligner: str = "grm"
+    pooling: str = "mean"
+    projection_dim: int = 512
+    num_regions: int = 5
+    region_logit_scale: float | int = 1.0
+    saliency_temperature: float | int = 1.0
+    level_weights: list[float | int] | tuple[float | int, ...] = (0.4, 0.4, 0.2)
+    margin: float | int = 0.2
+    reconstruction_weight: float | int = 0.01
+    kl_weight: float | int = 0.001
+    entropy_weight: float | int = 0.01
+    use_special_tokens: bool = True
+    use_prefix_tokens: bool = False
+    special_token_ids: list[int] | None = None
+    num_prefix_tokens: int | None = None
+    patch_pool_size: int = 1
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.level_weights = list(self.level_weights)
+        if self.num_prefix_tokens is None:
+            self.num_prefix_tokens = num_prefix_tokens(self.vision_config)
+        if self.special_token_ids is None:
+            self.special_token_ids = special_token_ids(self.text_config)
+
+    def validate_aligner(self):
+        """Part of the `@strict` validation: ranges, and combinations that no aligner has."""
+        if self.aligner not in POOLINGS:
+            raise ValueError(f"`aligner` must be one of {sorted(POOLINGS)}, got {self.aligner!r}.")
+        if self.pooling not in POOLINGS[self.aligner]:
+            raise ValueError(
+                f"`pooling` of the aligner {self.aligner!r} must be one of {POOLINGS[self.aligner]}, got {self.pooling!r}."
+            )
+        for name in ("projection_dim", "num_regions", "patch_pool_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("region_logit_scale", "saliency_temperature", "margin"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
+        weights = self.level_weights
+        if len(weights) != 3 or min(weights) < 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+            raise ValueError(f"`level_weights` must be three values of at least 0 that sum to 1, got {weights}.")
+
+    @classmethod
+    def from_vision_text_configs(
+        cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, **kwargs
+    ) -> "GranAlignConfig":
+        """A config from those of two encoders; `kwargs` are further fields of [`GranAlignConfig`]."""
+        return cls(vision_config=vision_config.to_dict(), text_config=text_config.to_dict(), **kwargs)
+
+
+__all__ = ["GranAlignConfig"]

@@ -1,0 +1,495 @@
+"""GranAlign model: encoders -> projected tokens -> aligner -> scores and loss. Wiring only."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, initialization as init
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+
+from .aligners import ALIGNERS
+from .configuration_granalign import GranAlignConfig
+from .encoders import build_encoder, feature_size, load_encoder, max_caption_length, patch_grid, special_token_ids
+from .losses import contrastive_hinge
+from .regions import RegionMixture
+from .saliency import SaliencyAdapter
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class GranAlignImageOutput(BaseModelOutputWithPooling):
+    r"""
+    The encoder's own output (`last_hidden_state`, `hidden_states`, `attentions`) and the tokens that an aligner scores.
+    `pooler_output` is the mean patch, for those who need one vector an image.
+
+    patch_embeds (`torch.FloatTensor` of shape `(B, Lv, D)`):
+        Projected patches of unit length, row by row over the grid (after prefix tokens, where those are used) [V].
+    patch_mask (`torch.BoolTensor` of shape `(B, Lv)`):
+        True = real patch.
+    spatial_shapes (`torch.LongTensor` of shape `(B, 2)`):
+        Rows and columns of the patch grid.
+    patch_saliency (`torch.FloatTensor` of shape `(B, Lv)`, GRM):
+        In [0, 1] [A_V].
+    region_affinity, region_assignment (`torch.FloatTensor` of shape `(B, Lv, K)`, GRM):
+        In [0, 1]; the assignment sums to 1 over patches [A_r].
+    region_weights (`torch.FloatTensor` of shape `(B, K)`, GRM):
+        Mixing coefficients, they sum to 1 [pi].
+    region_means, region_log_vars, region_embeds (`torch.FloatTensor` of shape `(B, K, D)`, GRM):
+        Means, log-variances and samples of the regions; the samples equal the means at inference [mu, log sigma^2, U].
+    """
+
+    patch_embeds: Tensor | None = None
+    patch_mask: Tensor | None = None
+    spatial_shapes: Tensor | None = None
+    patch_saliency: Tensor | None = None
+    region_affinity: Tensor | None = None
+    region_assignment: Tensor | None = None
+    region_weights: Tensor | None = None
+    region_means: Tensor | None = None
+    region_log_vars: Tensor | None = None
+    region_embeds: Tensor | None = None
+
+
+@dataclass
+class GranAlignTextOutput(BaseModelOutputWithPooling):
+    r"""
+    The encoder's own output (`last_hidden_state`, `hidden_states`, `attentions`) and the tokens that an aligner scores.
+    `pooler_output` is the mean word.
+
+    word_embeds (`torch.FloatTensor` of shape `(C, Lt, D)`):
+        Projected words of unit length [T].
+    word_mask (`torch.BoolTensor` of shape `(C, Lt)`):
+        True = takes part in the score.
+    word_saliency (`torch.FloatTensor` of shape `(C, Lt)`, GRM):
+        In [0, 1] [A_T].
+    """
+
+    word_embeds: Tensor | None = None
+    word_mask: Tensor | None = None
+    word_saliency: Tensor | None = None
+
+
+@dataclass
+class GranAlignOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*, with `return_loss=True`):
+        Weighted sum of `loss_terms`.
+    logits_per_image (`torch.FloatTensor` of shape `(B, C)`):
+        Score of every image with every caption [S], float32, in [-2, 2] for GRM and in [-1, 1] for CHAN and VSE++.
+    logits_per_text (`torch.FloatTensor` of shape `(C, B)`):
+        Its transpose.
+    loss_terms (`dict[str, torch.FloatTensor]`, *optional*, with `return_loss=True`):
+        Each term before its weight.
+    vision_model_output, text_model_output ([`BaseModelOutput`]):
+        What the encoders returned.
+
+    The other fields are those of [`GranAlignImageOutput`] and [`GranAlignTextOutput`].
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    loss_terms: dict[str, Tensor] | None = None
+    patch_embeds: Tensor | None = None
+    word_embeds: Tensor | None = None
+    patch_mask: Tensor | None = None
+    word_mask: Tensor | None = None
+    spatial_shapes: Tensor | None = None
+    patch_saliency: Tensor | None = None
+    word_saliency: Tensor | None = None
+    region_affinity: Tensor | None = None
+    region_assignment: Tensor | None = None
+    region_weights: Tensor | None = None
+    region_means: Tensor | None = None
+    region_log_vars: Tensor | None = None
+    region_embeds: Tensor | None = None
+    vision_model_output: BaseModelOutput | None = None
+    text_model_output: BaseModelOutput | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+class GranAlignPreTrainedModel(PreTrainedModel):
+    config: GranAlignConfig
+    base_model_prefix = "granalign"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SaliencyAdapter", "RegionMixture"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Own layers only: the encoders initialise themselves."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RegionMixture):
+            init.normal_(module.region_prompts)
+            # Variances start at 1/d, so that the noise of a region is as long as a token, not sqrt(d) times longer.
+            init.zeros_(module.log_var.weight)
+            init.constant_(module.log_var.bias, -torch.log(torch.tensor(float(module.log_var.out_features))).item())
+        else:
+            super()._init_weights(module)
+
+
+class GranAlignModel(GranAlignPreTrainedModel):
+    r"""
+    Scores images against captions patch by patch and word by word.
+
+    Args:
+        config ([`GranAlignConfig`], *optional*): needed unless both encoders are given.
+        vision_model, text_model (`PreTrainedModel`, *optional*): encoders to use instead of random ones.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from PIL import Image
+    >>> from transformers import AutoModel, AutoProcessor
+    >>> import granalign_hf
+
+    >>> model = AutoModel.from_pretrained("org/granalign")
+    >>> processor = AutoProcessor.from_pretrained("org/granalign")
+    >>> inputs = processor(images=Image.open("dog.jpg"), text=["a dog", "two cats"], return_tensors="pt")
+    >>> with torch.no_grad():
+    ...     outputs = model(**inputs)
+    >>> outputs.logits_per_image.shape
+    torch.Size([1, 2])
+    ```
+    """
+
+    def __init__(
+        self,
+        config: GranAlignConfig | None = None,
+        vision_model: PreTrainedModel | None = None,
+        text_model: PreTrainedModel | None = None,
+    ):
+        if config is None:
+            if vision_model is None or text_model is None:
+                raise ValueError("GranAlignModel needs a `config`, or both a `vision_model` and a `text_model`.")
+            config = GranAlignConfig.from_vision_text_configs(vision_model.config, text_model.config)
+        super().__init__(config)
+        self.vision_model = build_encoder(config.vision_config) if vision_model is None else vision_model
+        self.text_model = build_encoder(config.text_config) if text_model is None else text_model
+        # One config object a side: what is set on the model's config reaches the encoder.
+        config.vision_config._attn_implementation = self.vision_model.config._attn_implementation
+        config.text_config._attn_implementation = self.text_model.config._attn_implementation
+        self.vision_model.config, self.text_model.config = config.vision_config, config.text_config
+        self.patch_projection = nn.Linear(feature_size(config.vision_config), config.projection_dim)
+        self.word_projection = nn.Linear(feature_size(config.text_config), config.projection_dim)
+        self.aligner = ALIGNERS[config.aligner](config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        vision_model_output: BaseModelOutput | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GranAlignImageOutput:
+        r"""
+        Tokens of images, ready to be scored.
+
+        Args:
+            pixel_values: (B, channels, height, width).
+            interpolate_pos_encoding: passed to encoders that have this argument, for sizes they were not trained on.
+            vision_model_output: the encoder's output, where it is at hand (frozen encoders); its images then have the
+                `image_size` of `vision_config`.
+
+        Raises:
+            ValueError: neither input is given, or the encoder's tokens do not fill the grid that its config promises.
+        """
+        if vision_model_output is None:
+            if pixel_values is None:
+                raise ValueError("Images are missing: pass `pixel_values` as returned by GranAlignProcessor.")
+            if interpolate_pos_encoding and _accepts(self.vision_model, "interpolate_pos_encoding"):
+                kwargs["interpolate_pos_encoding"] = True
+            vision_model_output = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        hidden, spatial_shape = self._patches(vision_model_output.last_hidden_state, pixel_values)
+        patch_embeds = _unit_length(self.patch_projection(hidden))
+        patch_mask = torch.ones(patch_embeds.shape[:2], dtype=torch.bool, device=patch_embeds.device)
+        return GranAlignImageOutput(
+            last_hidden_state=vision_model_output.last_hidden_state,
+            pooler_output=patch_embeds.mean(1),
+            hidden_states=getattr(vision_model_output, "hidden_states", None),
+            attentions=getattr(vision_model_output, "attentions", None),
+            patch_embeds=patch_embeds,
+            patch_mask=patch_mask,
+            spatial_shapes=torch.tensor([spatial_shape], device=patch_embeds.device).expand(len(patch_embeds), 2),
+            **self.aligner.describe_image(patch_embeds, patch_mask),
+        )
+
+    def _patches(self, hidden: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+        """An encoder's last hidden state -> (B, Lv, hidden) tokens, row by row, and the shape of their grid."""
+        config = self.config
+        if hidden.ndim == 4:
+            prefix, grid = None, hidden
+        else:
+            image_size = config.vision_config.image_size if pixel_values is None else pixel_values.shape[-2:]
+            image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+            rows, columns = patch_grid(config.vision_config, image_size)
+            prefix, patches = hidden.split(
+                [config.num_prefix_tokens, hidden.shape[1] - config.num_prefix_tokens], dim=1
+            )
+            if patches.shape[1] != rows * columns:
+                raise ValueError(
+                    f"An image of {image_size} pixels gives {hidden.shape[1]} tokens, but `vision_config` "
+                    f"({config.vision_config.model_type}) stands for {rows} x {columns} patches after "
+                    f"{config.num_prefix_tokens} prefix tokens. Set `num_prefix_tokens` in the config."
+                )
+            grid = patches.transpose(1, 2).unflatten(2, (rows, columns))
+        if config.patch_pool_size > 1:
+            grid = nn.functional.avg_pool2d(grid, config.patch_pool_size, ceil_mode=True)
+        tokens = grid.flatten(2).transpose(1, 2)
+        if config.use_prefix_tokens and prefix is not None:
+            tokens = torch.cat([prefix, tokens], dim=1)
+        return tokens, tuple(grid.shape[-2:])
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        text_model_output: BaseModelOutput | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GranAlignTextOutput:
+        r"""
+        Tokens of captions, ready to be scored.
+
+        Args:
+            input_ids: (C, Lt). Needed with `text_model_output` too: it tells special tokens from words.
+            attention_mask: (C, Lt), 1 = token, 0 = padding. Default: all tokens.
+            text_model_output: the encoder's output, where it is at hand (frozen encoders).
+
+        Raises:
+            ValueError: `input_ids` is missing or longer than the encoder takes.
+        """
+        if input_ids is None:
+            raise ValueError("Captions are missing: pass `input_ids` as returned by GranAlignProcessor.")
+        longest = max_caption_length(self.config.text_config)
+        if longest is not None and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"`input_ids` has {input_ids.shape[1]} tokens a caption, but the text encoder takes at most {longest}. "
+                "GranAlignProcessor truncates; with another tokenizer pass `truncation=True`."
+            )
+        if text_model_output is None:
+            optional = {"position_ids": position_ids, "token_type_ids": token_type_ids}
+            kwargs.update({name: value for name, value in optional.items() if value is not None})
+            text_model_output = self.text_model(
+                input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
+            )
+        word_embeds = _unit_length(self.word_projection(text_model_output.last_hidden_state))
+        word_mask = self._word_mask(input_ids, attention_mask)
+        weights = word_mask / word_mask.sum(1, keepdim=True).clamp(min=1)
+        return GranAlignTextOutput(
+            last_hidden_state=text_model_output.last_hidden_state,
+            pooler_output=torch.einsum("tw,twd->td", weights, word_embeds),
+            hidden_states=getattr(text_model_output, "hidden_states", None),
+            attentions=getattr(text_model_output, "attentions", None),
+            word_embeds=word_embeds,
+            word_mask=word_mask,
+            **self.aligner.describe_text(word_embeds, word_mask),
+        )
+
+    def _word_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(C, Lt) bool: the tokens that take part in the score."""
+        is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if self.config.use_special_tokens:
+            return is_token
+        special = torch.tensor(self.config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
+        is_word = is_token & ~torch.isin(input_ids, special)
+        return torch.where(is_word.any(1, keepdim=True), is_word, is_token)
+
+    def similarities(self, image: GranAlignImageOutput, text: GranAlignTextOutput) -> Tensor:
+        """Scores of every image with every caption at each level of the aligner, (levels, B, C), float32."""
+        return self.aligner.similarities(image, text)
+
+    def score(self, image: GranAlignImageOutput, text: GranAlignTextOutput) -> Tensor:
+        """The score that ranks, (B, C): the levels of [`~GranAlignModel.similarities`] by the aligner's weights."""
+        return self._weigh_levels(self.similarities(image, text))
+
+    def _weigh_levels(self, levels: Tensor) -> Tensor:
+        return torch.tensordot(levels.new_tensor(self.aligner.level_weights), levels, dims=1)
+
+    def compute_loss(
+        self, image: GranAlignImageOutput, levels: Tensor, positives: Tensor, use_hard_negatives: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its terms before weighting (GRM eq. 8-13).
+
+        Args:
+            image: features of the images. levels: (levels, B, C). positives: (B, C) bool.
+            use_hard_negatives: `False` averages over all negatives, for a warm-up.
+        """
+        weighted = {
+            name: (weight, contrastive_hinge(scores, positives, self.config.margin, use_hard_negatives))
+            for name, weight, scores in zip(self.aligner.level_names, self.aligner.level_weights, levels, strict=True)
+        }
+        weighted |= self.aligner.regularisers(image)
+        loss = sum(weight * value for weight, value in weighted.values())
+        return loss, {name: value for name, (_, value) in weighted.items()}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        image_ids: Tensor | None = None,
+        caption_image_ids: Tensor | None = None,
+        use_hard_negatives: bool = True,
+        interpolate_pos_encoding: bool = False,
+        vision_model_output: BaseModelOutput | None = None,
+        text_model_output: BaseModelOutput | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GranAlignOutput:
+        r"""
+        Args:
+            input_ids: (C, Lt). pixel_values: (B, channels, height, width).
+            attention_mask, position_ids, token_type_ids: (C, Lt), *optional*.
+            return_loss: whether to compute the training loss.
+            image_ids: (B,) integers that name the images. Default: 0, 1, 2, ...
+            caption_image_ids: (C,) the image of each caption; captions of one image are never negatives of each other.
+                Default: `image_ids`, for one caption an image.
+            use_hard_negatives: `False` averages the loss over all negatives, for a warm-up.
+            interpolate_pos_encoding, vision_model_output: see [`~GranAlignModel.get_image_features`].
+            text_model_output: see [`~GranAlignModel.get_text_features`].
+
+        Raises:
+            ValueError: an input is missing or does not fit; the message names it.
+        """
+        image = self.get_image_features(pixel_values, interpolate_pos_encoding, vision_model_output, **kwargs)
+        text = self.get_text_features(
+            input_ids, attention_mask, position_ids, token_type_ids, text_model_output, **kwargs
+        )
+        levels = self.similarities(image, text)
+        logits_per_image = self._weigh_levels(levels)
+        loss = loss_terms = None
+        if return_loss:
+            positives = _positives(*logits_per_image.shape, image_ids, caption_image_ids, logits_per_image.device)
+            loss, loss_terms = self.compute_loss(image, levels, positives, use_hard_negatives)
+        own = GranAlignOutput.__dataclass_fields__
+        tokens = {name: value for side in (image, text) for name, value in side.items() if name in own}
+        return GranAlignOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.T,
+            loss_terms=loss_terms,
+            vision_model_output=_encoder_output(image),
+            text_model_output=_encoder_output(text),
+            **tokens,
+        )
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision_model_name_or_path: str, text_model_name_or_path: str, **kwargs
+    ) -> "GranAlignModel":
+        r"""
+        A model on two pretrained encoders, with new projections and a new aligner.
+
+        Args:
+            vision_model_name_or_path: a Hub name or folder. Of a model with a vision side (CLIP, SigLIP) that is taken.
+            text_model_name_or_path: likewise.
+            kwargs: `vision_*` and `text_*` go to the `from_pretrained` of the encoder, `dtype` to both (default
+                float32), all others are fields of [`GranAlignConfig`]. The ids of special tokens come from the
+                tokenizer beside the text encoder, where there is one.
+        """
+        dtype = kwargs.pop("dtype", torch.float32)
+        vision_kwargs = {k.removeprefix("vision_"): kwargs.pop(k) for k in list(kwargs) if k.startswith("vision_")}
+        text_kwargs = {k.removeprefix("text_"): kwargs.pop(k) for k in list(kwargs) if k.startswith("text_")}
+        vision_model = _load_side(vision_model_name_or_path, "vision_config", {"dtype": dtype} | vision_kwargs)
+        text_model = _load_side(text_model_name_or_path, "text_config", {"dtype": dtype} | text_kwargs)
+        if kwargs.get("special_token_ids") is None:
+            kwargs["special_token_ids"] = _tokenizer_special_ids(text_model_name_or_path)
+        config = GranAlignConfig.from_vision_text_configs(vision_model.config, text_model.config, **kwargs)
+        logger.warning(
+            "The projections and the aligner are newly initialised. Train the model before you use it, for example with "
+            "`accelerate launch training/train.py`."
+        )
+        return cls(config, vision_model, text_model)
+
+
+def _unit_length(tokens: Tensor) -> Tensor:
+    """Tokens of length 1 in float32: half precision is too coarse for maxima and rankings. A zero token stays zero."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        return nn.functional.normalize(tokens.float(), dim=-1)
+
+
+def _encoder_output(features: GranAlignImageOutput | GranAlignTextOutput) -> BaseModelOutput:
+    return BaseModelOutput(features.last_hidden_state, features.hidden_states, features.attentions)
+
+
+def _accepts(module: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(module.forward).parameters
+
+
+def _positives(
+    num_images: int,
+    num_captions: int,
+    image_ids: Tensor | None,
+    caption_image_ids: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """(B, C) bool: which caption describes which image."""
+    if caption_image_ids is None and num_images != num_captions:
+        raise ValueError(
+            f"The loss needs the image of each caption: got {num_images} images and {num_captions} captions without "
+            "`caption_image_ids`. Pass `image_ids` (B,) and `caption_image_ids` (C,)."
+        )
+    image_ids = torch.arange(num_images, device=device) if image_ids is None else image_ids
+    caption_image_ids = image_ids if caption_image_ids is None else caption_image_ids
+    for name, ids, length in (
+        ("image_ids", image_ids, num_images),
+        ("caption_image_ids", caption_image_ids, num_captions),
+    ):
+        if ids.shape != (length,):
+            raise ValueError(f"`{name}` must have shape ({length},), got {tuple(ids.shape)}.")
+    return image_ids[:, None] == caption_image_ids[None, :]
+
+
+def _load_side(name_or_path: str, side: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The encoder at a path, or the given side of a two-sided model there."""
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path)
+    return load_encoder(name_or_path, getattr(config, side, config), **kwargs)
+
+
+def _tokenizer_special_ids(name_or_path: str) -> list[int] | None:
+    try:
+        return special_token_ids(AutoTokenizer.from_pretrained(name_or_path))
+    except (OSError, ValueError):
+        logger.warning(
+            f"No tokenizer at {name_or_path}: special tokens are those that the text config declares. Pass "
+            "`special_token_ids` if that is not all of them."
+        )
+        return None
+
+
+__all__ = [
+    "GranAlignImageOutput",
+    "GranAlignModel",
+    "GranAlignOutput",
+    "GranAlignPreTrainedModel",
+    "GranAlignTextOutput",
+]

@@ -1,0 +1,250 @@
+"""Runs a scoring rule over every image x caption pair by tiles: exact, differentiable, and never the 4-D tensor.
+
+Letters: B images, C captions, v patches, w words, k regions, d features; in a tile: i images, n captions of one group, L words
+of each. A tile is the product of a block of packed words with the patches of a few images.
+
+Two things keep it exact and small. A padded token is never set to zero (zero would beat a negative product): a real token
+of the same caption or image takes its place, which changes no maximum, and its weight in the mean is 0. The backward pass
+keeps only the inputs and recomputes the tiles that receive a gradient: with hardest negatives, a few captions per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SPARSE_SHARE = 1 / 8  # below this share of pairs with a gradient, each image meets only the captions that need it
+
+
+class Products(NamedTuple):
+    """Products of n captions (L words each) with i images, and all that a rule needs to score them."""
+
+    patches: Tensor  # (n, L, i, v)
+    regions: Tensor | None  # (n, L, i, k)
+    word_weights: Tensor  # (n, L, 1): 1 / number of words; 0 on repeated words
+    patch_weights: Tensor  # (1, i, v): 1 / number of patches; 0 on repeated patches
+    word_saliency: Tensor | None  # (n, L, 1, 1)
+    patch_saliency: Tensor | None  # (1, 1, i, v)
+
+
+Rule = Callable[[Products], list[Tensor]]  # -> one (n, i) score per level
+
+
+class Tokens(NamedTuple):
+    """The differentiable inputs, in the order in which autograd sees them."""
+
+    patch_embeds: Tensor  # (B, v, d)
+    word_embeds: Tensor  # (C, w, d)
+    patch_saliency: Tensor | None = None  # (B, v)
+    word_saliency: Tensor | None = None  # (C, w)
+    region_embeds: Tensor | None = None  # (B, k, d)
+
+
+def score_all_pairs(
+    rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None, memory_budget: int
+) -> Tensor:
+    """Scores of every image with every caption, (levels, B, C), in at least float32.
+
+    Products keep the dtype of the input, except float16 on a CPU (16 times slower there than float32). Autocast is off:
+    its bfloat16 steps are too coarse for a ranking. An image without patches or a caption without words scores 0.
+    """
+    device = tokens.patch_embeds.device
+    dtype = tokens.patch_embeds.dtype
+    if device.type == "cpu" and dtype == torch.float16:
+        dtype = torch.float32
+    tokens = Tokens(*(None if t is None else t.to(dtype) for t in tokens))
+    if patch_mask is not None and patch_mask.all():
+        patch_mask = None
+    layout = _Layout.of(word_mask, patch_mask, tokens)
+    with torch.autocast(device.type, enabled=False):
+        scores = _AllPairs.apply(rule, layout, memory_budget, *tokens)
+    scores = scores.masked_fill(~word_mask.any(1), 0)
+    return scores if patch_mask is None else scores.masked_fill(~patch_mask.any(1)[:, None], 0)
+
+
+class _Layout(NamedTuple):
+    """Which real token fills each slot, what it weighs, and the captions sorted by length."""
+
+    patch_index: Tensor | None  # (B, v)
+    patch_weights: Tensor  # (B, v)
+    word_index: Tensor  # (C, w): real words first, then the last real word repeated
+    word_weights: Tensor  # (C, w)
+    order: Tensor  # (C,) captions by length
+    lengths: list[int]  # their lengths, in that order
+
+    @classmethod
+    def of(cls, word_mask: Tensor, patch_mask: Tensor | None, tokens: Tokens) -> _Layout:
+        num_images, num_patches, _ = tokens.patch_embeds.shape
+        dtype = torch.promote_types(tokens.patch_embeds.dtype, torch.float32)
+        lengths = word_mask.sum(1, keepdim=True)
+        slots = torch.arange(word_mask.shape[1], device=word_mask.device)
+        real_first = word_mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        word_index = real_first.gather(1, torch.minimum(slots, lengths - 1).clamp(min=0))
+        word_weights = (slots < lengths).to(dtype) / lengths.clamp(min=1)
+        order = lengths[:, 0].argsort(stable=True)
+        if patch_mask is None:
+            patch_index = None
+            patch_weights = torch.full((num_images, num_patches), 1 / num_patches, dtype=dtype, device=slots.device)
+        else:
+            slots = torch.arange(num_patches, device=patch_mask.device)
+            patch_index = torch.where(patch_mask, slots, patch_mask.to(torch.int8).argmax(1, keepdim=True))
+            patch_weights = patch_mask.to(dtype) / patch_mask.sum(1, keepdim=True).clamp(min=1)
+        sorted_lengths = lengths[order, 0].clamp(min=1).tolist()
+        return cls(patch_index, patch_weights, word_index, word_weights, order, sorted_lengths)
+
+
+class _Group(NamedTuple):
+    captions: Tensor  # (n,) caption numbers
+    num_words: int  # L, the longest of them
+
+
+def _blocks(layout: _Layout, positions: list[int], max_words: int) -> Iterator[list[_Group]]:
+    """Cuts captions (positions in the sorted order) into groups of nearly equal length, and those into blocks of words.
+
+    Few launches matter more than few repeated words on a GPU, so groups are coarser there.
+    """
+    spread = 1 if layout.order.device.type == "cpu" else 4
+    lengths = [layout.lengths[position] for position in positions]
+    captions = layout.order[positions]
+    block: list[_Group] = []
+    words = first = 0
+    for stop in range(1, len(lengths) + 1):
+        is_end = stop == len(lengths)
+        is_full = not is_end and words + (stop - first + 1) * lengths[stop] > max_words
+        if is_end or is_full or lengths[stop] > lengths[first] + spread:
+            block.append(_Group(captions[first:stop], lengths[stop - 1]))
+            words += (stop - first) * lengths[stop - 1]
+            first = stop
+        if is_end or is_full:
+            yield block
+            block, words = [], 0
+
+
+def _pack(tokens: Tokens, layout: _Layout, block: list[_Group]) -> tuple[Tokens, Tensor]:
+    """The words of a block one after the other: word_embeds (W, d), word_saliency (W,); and their places in (C * w)."""
+    max_words = layout.word_index.shape[1]
+    flat = torch.cat(
+        [(g.captions[:, None] * max_words + layout.word_index[g.captions, : g.num_words]).flatten() for g in block]
+    )
+    saliency = tokens.word_saliency
+    packed = tokens._replace(
+        word_embeds=tokens.word_embeds.flatten(0, 1)[flat],
+        word_saliency=None if saliency is None else saliency.flatten()[flat],
+    )
+    return packed, flat
+
+
+def _images(tokens: Tokens, tile: slice) -> Tokens:
+    patches, _, saliency, _, regions = tokens
+    return tokens._replace(
+        patch_embeds=patches[tile],
+        patch_saliency=None if saliency is None else saliency[tile],
+        region_embeds=None if regions is None else regions[tile],
+    )
+
+
+def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice, tokens: Tokens) -> Tensor:
+    """The packed words of a block with the images of a tile -> (levels, i, captions of the block)."""
+    patches, words, patch_saliency, word_saliency, regions = tokens
+    num_images = len(patches)
+    if layout.patch_index is not None:
+        index = layout.patch_index[tile]
+        patches = patches.gather(1, index[..., None].expand_as(patches))
+        patch_saliency = None if patch_saliency is None else patch_saliency.gather(1, index)
+    sizes = [len(group.captions) * group.num_words for group in block]
+    none = [None] * len(block)
+    patch_products = (words @ patches.flatten(0, 1).T).split(sizes)
+    region_products = none if regions is None else (words @ regions.flatten(0, 1).T).split(sizes)
+    word_saliencies = none if word_saliency is None else word_saliency.split(sizes)
+    scores = []
+    for group, of_patches, of_regions, saliency in zip(
+        block, patch_products, region_products, word_saliencies, strict=True
+    ):
+        shape = (len(group.captions), group.num_words)
+        levels = rule(
+            Products(
+                of_patches.view(*shape, num_images, -1),
+                None if of_regions is None else of_regions.view(*shape, num_images, -1),
+                layout.word_weights[group.captions, : group.num_words, None],
+                layout.patch_weights[None, tile],
+                None if saliency is None else saliency.view(*shape, 1, 1),
+                None if patch_saliency is None else patch_saliency[None, None],
+            )
+        )
+        scores.append(torch.stack(levels).transpose(1, 2))
+    return torch.cat(scores, dim=2)
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+class _AllPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rule: Rule, layout: _Layout, memory_budget: int, *inputs: Tensor | None) -> Tensor:
+        tokens = Tokens(*inputs)
+        num_images, num_patches, _ = tokens.patch_embeds.shape
+        columns = max(
+            memory_budget // (tokens.patch_embeds.element_size() * num_patches), 1
+        )  # words x images of a tile
+        scores = None
+        for block in _blocks(layout, list(range(len(layout.lengths))), max(columns // min(8, max(num_images, 1)), 1)):
+            packed, _ = _pack(tokens, layout, block)
+            captions = torch.cat([group.captions for group in block])
+            for tile in _slices(num_images, max(columns // len(packed.word_embeds), 1)):
+                tile_scores = _score_tile(rule, layout, block, tile, _images(packed, tile))
+                if scores is None:
+                    scores = tile_scores.new_empty(len(tile_scores), num_images, len(layout.lengths))
+                scores[:, tile, captions] = tile_scores
+        ctx.save_for_backward(*tokens)
+        ctx.rule, ctx.layout, ctx.columns = rule, layout, columns
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        tokens = Tokens(*ctx.saved_tensors)
+        is_wanted = Tokens(*ctx.needs_input_grad[3:])
+        grads = Tokens(*(torch.zeros_like(t, dtype=grad.dtype) if w else None for t, w in zip(tokens, is_wanted)))
+        has_grad = (grad != 0).any(0)
+        num_images, num_captions = has_grad.shape
+        if has_grad.sum() < SPARSE_SHARE * has_grad.numel():
+            images_per_tile = 1 if grad.device.type == "cpu" else 16
+        else:
+            images_per_tile = max(ctx.columns // max(sum(ctx.layout.lengths), 1), 1)
+        has_grad = has_grad[:, ctx.layout.order]
+        with torch.autocast(grad.device.type, enabled=False):
+            for tile in _slices(num_images, images_per_tile):
+                positions = has_grad[tile].any(0).nonzero()[:, 0].tolist()
+                for block in _blocks(ctx.layout, positions, max(ctx.columns // images_per_tile, 1)):
+                    _add_tile_grads(ctx.rule, ctx.layout, block, tile, tokens, grad, grads)
+        grads = [None if g is None else g.to(t.dtype) for g, t in zip(grads, tokens)]
+        return (None, None, None, *grads)
+
+
+def _add_tile_grads(rule, layout, block, tile: slice, tokens: Tokens, grad: Tensor, grads: Tokens) -> None:
+    """Recomputes one tile with a graph and adds its gradients in place to `grads`."""
+    packed, flat = _pack(tokens, layout, block)
+    leaves = Tokens(
+        *(
+            None if t is None else t.detach().to(grad.dtype).requires_grad_(g is not None)
+            for t, g in zip(_images(packed, tile), grads)
+        )
+    )
+    with torch.enable_grad():
+        scores = _score_tile(rule, layout, block, tile, leaves)
+    captions = torch.cat([group.captions for group in block])
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    tile_grads = iter(torch.autograd.grad(scores, wanted, grad[:, tile, captions], allow_unused=True))
+    for name, leaf, total in zip(Tokens._fields, leaves, grads):
+        part = next(tile_grads) if leaf is not None and leaf.requires_grad else None
+        if part is None:
+            continue
+        if name.startswith("word"):
+            total.flatten(0, 1).index_add_(0, flat, part)
+        else:
+            total[tile] += part

@@ -1,0 +1,209 @@
+"""Token similarities: the bidirectional max-mean at three levels (GRM eq. 7) and hard alignment (CHAN).
+
+Pure functions of tokens and masks; the walk over all pairs is in `pairwise.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .pairwise import Products, Rule, Tokens, score_all_pairs
+
+PAPER_LEVEL_WEIGHTS = (0.4, 0.4, 0.2)
+DEFAULT_MEMORY_BUDGET = 2**24
+
+
+def token_similarity(
+    patch_embeds: Tensor,
+    word_embeds: Tensor,
+    word_mask: Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    patch_saliency: Tensor | None = None,
+    word_saliency: Tensor | None = None,
+    region_embeds: Tensor | None = None,
+    level_weights: Sequence[float] | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    """Weighted sum of the levels of [`level_similarities`]; same arguments, same errors.
+
+    Args:
+        level_weights: one weight for each level present. `None`: the paper's (0.4, 0.4, 0.2) for the levels that are
+            present, scaled to sum to 1, so that one level alone is the plain bidirectional max-mean.
+
+    Returns:
+        (B, C) scores, at least float32. With unit-length tokens and weights that sum to 1 they lie in [-2, 2].
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or `level_weights` has the wrong length.
+    """
+    levels = level_similarities(
+        patch_embeds,
+        word_embeds,
+        word_mask,
+        patch_mask=patch_mask,
+        patch_saliency=patch_saliency,
+        word_saliency=word_saliency,
+        region_embeds=region_embeds,
+        memory_budget=memory_budget,
+    )
+    if level_weights is None:
+        has_key = patch_saliency is not None or word_saliency is not None
+        is_present = (True, has_key, region_embeds is not None)
+        present = [weight for weight, here in zip(PAPER_LEVEL_WEIGHTS, is_present, strict=True) if here]
+        level_weights = [weight / sum(present) for weight in present]
+    if len(level_weights) != len(levels):
+        raise ValueError(
+            f"`level_weights` must have one weight for each of the {len(levels)} levels that the other arguments "
+            f"define, got {len(level_weights)}: {tuple(level_weights)}."
+        )
+    return torch.tensordot(levels.new_tensor(level_weights), levels, dims=1)
+
+
+def level_similarities(
+    patch_embeds: Tensor,
+    word_embeds: Tensor,
+    word_mask: Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    patch_saliency: Tensor | None = None,
+    word_saliency: Tensor | None = None,
+    region_embeds: Tensor | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    """Bidirectional max-mean similarity of every image with every caption, level by level (GRM eq. 7).
+
+        S = mean over words of (max over patches of s) + mean over patches of (max over words of s),  s = <word, patch>
+
+    Level "original" takes the tokens as given. Level "key" scales s by both saliencies (present if either is given).
+    Level "uncertain" matches the words, scaled by their saliency, with the regions (present if those are given).
+
+    Args:
+        patch_embeds: (B, v, d). word_embeds: (C, w, d), same dtype and device.
+        word_mask: (C, w) bool, True = real word; holes are allowed.
+        patch_mask: (B, v) bool, True = real patch. `None`: all are real.
+        patch_saliency: (B, v), word_saliency: (C, w), in [0, 1]. `None` next to the other one: all 1.
+        region_embeds: (B, k, d).
+        memory_budget: bytes of one tile of products. It changes the speed, never the result.
+
+    Returns:
+        (levels, B, C), at least float32. A caption without words or an image without patches scores 0.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    _check(patch_embeds, word_embeds, word_mask, patch_mask, patch_saliency, word_saliency, region_embeds)
+    if patch_saliency is None and word_saliency is not None:
+        patch_saliency = patch_embeds.new_ones(patch_embeds.shape[:2])
+    if word_saliency is None and patch_saliency is not None:
+        word_saliency = word_embeds.new_ones(word_embeds.shape[:2])
+    tokens = Tokens(patch_embeds, word_embeds, patch_saliency, word_saliency, region_embeds)
+    return score_all_pairs(_bidirectional, tokens, word_mask, patch_mask, memory_budget)
+
+
+def hard_alignment(
+    patch_embeds: Tensor,
+    word_embeds: Tensor,
+    word_mask: Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    pooling: str = "mean",
+    temperature: float = 0.1,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    """CHAN's hard alignment (CVPR 2023): only the best patch of each word counts, then the words are pooled.
+
+    Args as in [`level_similarities`]. `pooling="mean"` averages over the words; `"logsumexp"` is
+    `temperature * log(sum over words of exp(s / temperature))`.
+
+    Returns:
+        (B, C) scores, at least float32.
+
+    Raises:
+        ValueError: unknown `pooling`, or a shape or dtype that does not fit.
+    """
+    rules = {"mean": _mean_of_best_patch, "logsumexp": _logsumexp_of_best_patch(temperature)}
+    if pooling not in rules:
+        raise ValueError(f"`pooling` of the hard alignment must be one of {sorted(rules)}, got {pooling!r}.")
+    _check(patch_embeds, word_embeds, word_mask, patch_mask)
+    return score_all_pairs(rules[pooling], Tokens(patch_embeds, word_embeds), word_mask, patch_mask, memory_budget)[0]
+
+
+def _max_mean(products: Tensor, word_weights: Tensor, patch_weights: Tensor | float) -> Tensor:
+    """(n, L, i, v) -> (n, i). A maximum is exact in any dtype; the means run in the dtype of the weights."""
+    best_patch, best_word = products.amax(3), products.amax(1)
+    return (best_patch * word_weights).sum(1) + (best_word.to(word_weights.dtype) * patch_weights).sum(2)
+
+
+def _scaled(products: Tensor, *factors: Tensor) -> Tensor:
+    """Products times broadcast factors: in place, while the tile is in cache, unless a graph needs the original."""
+    for factor in factors:
+        products = products * factor if torch.is_grad_enabled() else products.mul_(factor)
+    return products
+
+
+def _bidirectional(tile: Products) -> list[Tensor]:
+    levels = [_max_mean(tile.patches, tile.word_weights, tile.patch_weights)]
+    if tile.patch_saliency is not None:
+        scaled = _scaled(tile.patches, tile.patch_saliency, tile.word_saliency)
+        levels.append(_max_mean(scaled, tile.word_weights, tile.patch_weights))
+    if tile.regions is not None:
+        scaled = tile.regions if tile.word_saliency is None else _scaled(tile.regions, tile.word_saliency)
+        levels.append(_max_mean(scaled, tile.word_weights, 1 / tile.regions.shape[3]))
+    return levels
+
+
+def _mean_of_best_patch(tile: Products) -> list[Tensor]:
+    return [(tile.patches.amax(3) * tile.word_weights).sum(1)]
+
+
+def _logsumexp_of_best_patch(temperature: float) -> Rule:
+    def rule(tile: Products) -> list[Tensor]:
+        best_patch = tile.patches.amax(3).to(tile.word_weights.dtype)
+        logits = (best_patch / temperature).masked_fill(tile.word_weights == 0, -torch.inf)
+        return [temperature * logits.logsumexp(1)]
+
+    return rule
+
+
+def _check(
+    patch_embeds, word_embeds, word_mask, patch_mask=None, patch_saliency=None, word_saliency=None, regions=None
+):
+    if patch_embeds.ndim != 3:
+        raise ValueError(
+            f"`patch_embeds` must have shape (images, patches, features), got {tuple(patch_embeds.shape)}."
+        )
+    num_images, num_patches, dim = patch_embeds.shape
+    if word_embeds.ndim != 3 or word_embeds.shape[2] != dim:
+        raise ValueError(
+            f"`word_embeds` must have shape (captions, words, {dim}) to match `patch_embeds`, "
+            f"got {tuple(word_embeds.shape)}."
+        )
+    if num_images == 0 or num_patches == 0 or 0 in word_embeds.shape[:2]:
+        raise ValueError(
+            "At least one image with a patch and one caption with a word are needed, got `patch_embeds` "
+            f"{tuple(patch_embeds.shape)} and `word_embeds` {tuple(word_embeds.shape)}."
+        )
+    word_shape, patch_shape = tuple(word_embeds.shape[:2]), (num_images, num_patches)
+    expected = (
+        ("word_mask", word_mask, word_shape, "Pass the `attention_mask` returned by GranAlignProcessor as bool."),
+        ("patch_mask", patch_mask, patch_shape, "It has one value for each patch."),
+        ("patch_saliency", patch_saliency, patch_shape, "It has one value for each patch."),
+        ("word_saliency", word_saliency, word_shape, "It has one value for each word."),
+    )
+    for name, tensor, shape, advice in expected:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}. {advice}")
+        if tensor is not None and name.endswith("mask") and tensor.dtype != torch.bool:
+            raise ValueError(f"`{name}` must be boolean (True = real token), got {tensor.dtype}. {advice}")
+    if regions is not None and (regions.ndim != 3 or len(regions) != num_images or regions.shape[2] != dim):
+        raise ValueError(
+            f"`region_embeds` must have shape ({num_images}, regions, {dim}), got {tuple(regions.shape)}."
+        )
+    if patch_embeds.dtype != word_embeds.dtype:
+        raise ValueError(
+            f"`patch_embeds` and `word_embeds` must share a dtype, got {patch_embeds.dtype}, {word_embeds.dtype}."
+        )
