@@ -1,0 +1,75 @@
+"""What a model trained on drawn scenes has learned: recalls and pointing on unseen scenes, and one picture.
+
+    python -m granalign_hf.training.demo CHECKPOINT
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from granalign_hf import GranAlignModel, GranAlignProcessor
+from granalign_hf.evaluation import fold_metrics, pointing_game
+from granalign_hf.explanation import align, figure, word_maps, words_of
+from granalign_hf.training.data import CaptionedImages, load_split
+from granalign_hf.training.evaluate import encode, score_matrix
+
+GALLERY = 100
+
+
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1:
+        raise SystemExit("usage: python -m granalign_hf.training.demo CHECKPOINT")
+    folder = Path(argv[0])
+    model = GranAlignModel.from_pretrained(folder).eval()
+    processor = GranAlignProcessor.from_pretrained(folder)
+    scenes = load_split("scenes", "test")
+    scores = score_matrix(model, *encode(model, processor, scenes, batch_size=50))
+    result = {
+        "scenes": len(scenes),
+        "gallery": GALLERY,
+        "date": datetime.date.today().isoformat(),
+        "metrics": fold_metrics(scores, scenes.caption_image_index, len(scenes) // GALLERY),
+        "pointing": pointing(model, processor, scenes),
+    }
+    (folder / "metrics-demo.json").write_text(json.dumps(result, indent=2) + "\n")
+    figure(align(model, processor, scenes.image(0), scenes.captions[0][0]), folder / "demo.png")
+    print(f"{len(scenes)} unseen scenes, galleries of {GALLERY}: rSum {result['metrics']['rsum']:.1f} of 600")
+    print(f"pointing accuracy {result['pointing']['accuracy']:.1f} % of {result['pointing']['words']} words "
+          f"(a random patch: {result['pointing']['random_patch']:.1f} %)")
+    print(f"picture: {folder / 'demo.png'}")
+    return result
+
+
+@torch.no_grad()
+def pointing(model: GranAlignModel, processor: GranAlignProcessor, scenes: CaptionedImages) -> dict:
+    """Share of the located words whose highest patch lies in one of the word's boxes, in percent."""
+    maps, boxes, sizes = [], [], []
+    for number in range(len(scenes)):
+        picture, captions = scenes.image(number), scenes.captions[number]
+        phrases = scenes.table[scenes.rows[number]]["phrases"]
+        outputs = model(**processor(images=picture, text=captions, return_tensors="pt"))
+        for caption_number, (caption, located) in enumerate(zip(captions, phrases, strict=True)):
+            token_maps = word_maps(outputs, 0, caption_number, level_weights=model.aligner.level_weights)
+            words = {word.start: word for word in words_of(caption, processor.tokenizer)}
+            for phrase in located:
+                maps.append(token_maps[list(words[phrase["char_start"]].tokens)].mean(0).numpy())
+                boxes.append(phrase["boxes"])
+                sizes.append(picture.size[::-1])
+    hits = pointing_game(maps, boxes, np.array(sizes))
+    return {
+        "words": len(maps),
+        "accuracy": 100 * hits.hit.mean(),
+        "random_patch": 100 * hits.random_patch.mean(),
+        "image_center": 100 * hits.image_center.mean(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Frozen encoders: their token features, computed once, kept on disk, and read back memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutput
+
+from granalign_hf.modeling.modeling_granalign import GranAlignModel
+from granalign_hf.modeling.processing_granalign import GranAlignProcessor
+from granalign_hf.training.data import CaptionedImages, draw_captions
+
+
+@dataclass
+class TokenFeatures:
+    """Encoder outputs of a split in float16: images (N, tokens, hidden); captions one after the other, with offsets."""
+
+    data: CaptionedImages
+    image_hidden: np.ndarray
+    word_hidden: np.ndarray  # (all tokens, hidden)
+    word_ids: np.ndarray  # (all tokens,)
+    word_offsets: np.ndarray  # (captions + 1,)
+    first_caption: np.ndarray  # (N + 1,)
+
+    def caption(self, number: int) -> slice:
+        return slice(self.word_offsets[number], self.word_offsets[number + 1])
+
+
+def token_features(
+    model: GranAlignModel,
+    processor: GranAlignProcessor,
+    data: CaptionedImages,
+    folder: Path,
+    batch_size: int,
+    is_quiet: bool = False,
+) -> TokenFeatures:
+    """Reads the features of a split, or computes and stores them.
+
+    They are stored under a key of the encoders' weights, the preprocessing and the data, so that a stale cache is never read.
+    A cache that is not complete is made anew.
+    """
+    folder = folder / _key(model, processor, data)
+    if not (folder / "complete").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compute(model, processor, data, folder, batch_size, is_quiet)
+        (folder / "complete").touch()
+    arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("image_hidden", "word_hidden")}
+    arrays |= {n: np.load(folder / f"{n}.npy") for n in ("word_ids", "word_offsets")}
+    first_caption = np.concatenate([[0], np.cumsum([len(captions) for captions in data.captions])])
+    return TokenFeatures(data, first_caption=first_caption, **arrays)
+
+
+def _key(model: GranAlignModel, processor: GranAlignProcessor, data: CaptionedImages) -> str:
+    digest = hashlib.sha256()
+    for encoder in (model.vision_model, model.text_model):
+        digest.update(encoder.config.to_json_string().encode())
+        for name, weight in sorted(encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.contiguous().cpu().view(torch.uint8).numpy().tobytes() if weight.ndim else repr(weight).encode())
+    digest.update(processor.image_processor.to_json_string().encode())
+    digest.update(processor.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(json.dumps([data.table._fingerprint, data.rows, data.captions]).encode())
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def _compute(model, processor, data: CaptionedImages, folder: Path, batch_size: int, is_quiet: bool) -> None:
+    device = model.device
+    model.eval()
+    images = None
+    for start in tqdm(range(0, len(data), batch_size), desc="image features", disable=is_quiet):
+        numbers = range(start, min(start + batch_size, len(data)))
+        pixels = processor.image_processor([data.image(n) for n in numbers], return_tensors="pt")["pixel_values"]
+        hidden = model.vision_model(pixels.to(device)).last_hidden_state
+        if images is None:
+            shape = (len(data), *hidden.shape[1:])
+            images = np.lib.format.open_memmap(folder / "image_hidden.npy", "w+", np.float16, shape)
+        images[start : start + len(numbers)] = hidden.half().cpu().numpy()
+    images.flush()
+    captions = [caption for captions in data.captions for caption in captions]
+    ids = processor.tokenizer(captions, truncation=True)["input_ids"]
+    offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
+    shape = (int(offsets[-1]), model.config.text_config.hidden_size)
+    words = np.lib.format.open_memmap(folder / "word_hidden.npy", "w+", np.float16, shape)
+    by_length = np.argsort([len(i) for i in ids], kind="stable")
+    for start in tqdm(range(0, len(ids), 4 * batch_size), desc="caption features", disable=is_quiet):
+        numbers = by_length[start : start + 4 * batch_size]
+        batch = processor.tokenizer.pad({"input_ids": [ids[n] for n in numbers]}, return_tensors="pt").to(device)
+        hidden = model.text_model(**batch).last_hidden_state.half().cpu().numpy()
+        for number, tokens in zip(numbers, hidden, strict=True):
+            words[offsets[number] : offsets[number + 1]] = tokens[: len(ids[number])]
+    words.flush()
+    np.save(folder / "word_ids.npy", np.concatenate(ids))
+    np.save(folder / "word_offsets.npy", offsets)
+
+
+class FeatureImages(torch.utils.data.Dataset):
+    """The images of [`TokenFeatures`], each with some of its captions; stands in for `TrainingImages`."""
+
+    def __init__(self, features: TokenFeatures, captions_per_image: int, seed: int):
+        self.features, self.captions_per_image, self.seed = features, captions_per_image, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.features.data)
+
+    def __getitem__(self, number: int) -> dict:
+        rng = np.random.default_rng((self.seed, self.epoch, number))
+        chosen = draw_captions(rng, self.features.data.captions[number], self.captions_per_image)
+        return {"number": number, "captions": self.features.first_caption[number] + np.sort(chosen)}
+
+
+@dataclass
+class FeatureCollator:
+    """Items of [`FeatureImages`] -> a batch for `GranAlignModel.forward` that skips the encoders."""
+
+    features: TokenFeatures
+
+    def __call__(self, items: list[dict]) -> dict:
+        images = torch.from_numpy(self.features.image_hidden[[item["number"] for item in items]])
+        spans = [self.features.caption(c) for item in items for c in item["captions"]]
+        words = pad_sequence([torch.from_numpy(self.features.word_hidden[s].copy()) for s in spans], batch_first=True)
+        ids = pad_sequence([torch.from_numpy(self.features.word_ids[s]) for s in spans], batch_first=True)
+        lengths = torch.tensor([s.stop - s.start for s in spans])
+        return {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+            "vision_model_output": BaseModelOutput(last_hidden_state=images.float()),
+            "text_model_output": BaseModelOutput(last_hidden_state=words.float()),
+            "image_ids": torch.tensor([item["number"] for item in items]),
+            "caption_image_ids": torch.tensor([item["number"] for item in items for _ in item["captions"]]),
+        }

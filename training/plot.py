@@ -1,0 +1,24 @@
+"""Draws a run: loss and validation rSum by epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def plot_history(history: list[dict], path: Path) -> None:
+    """Writes the learning curve of `history` (records of metrics.json) as a picture."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    loss_axis, rsum_axis = figure.subplots(1, 2)
+    epochs = [record["epoch"] for record in history]
+    loss_axis.plot(epochs, [record["loss"] for record in history], color="#555555", marker=".")
+    loss_axis.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    validated = [record for record in history if "validation" in record]
+    rsum = [record["validation"]["rsum"] for record in validated]
+    rsum_axis.plot([record["epoch"] for record in validated], rsum, color="#1f5fa8", marker=".")
+    rsum_axis.set(xlabel="epoch", ylabel="validation rSum")
+    for axis in (loss_axis, rsum_axis):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

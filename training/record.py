@@ -1,0 +1,57 @@
+"""What a run writes down about itself."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from granalign_hf.training.arguments import RunArguments
+from granalign_hf.training.data import CaptionedImages
+
+RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "granalign-hf")
+
+
+def run_record(run: RunArguments, command: str, train_data: CaptionedImages, state: dict) -> dict:
+    """The content of metrics.json: what was run, on what, and every epoch's figures."""
+    best = next((r for r in state["history"] if r["epoch"] == state["best_epoch"]), {})
+    return {
+        "recipe": next((word for word in command.split() if word.endswith(".yaml")), "demo-scenes.yaml"),
+        "command": command,
+        "seed": run.seed,
+        "date": datetime.date.today().isoformat(),
+        "hours": round(state["seconds"] / 3600, 3),
+        "hardware": hardware(),
+        "versions": {name: version(name) for name in RECORDED_PACKAGES},
+        "dataset": Path(run.dataset).name,
+        "train_split": run.train_split,
+        "validation_split": run.validation_split,
+        "num_train_images": len(train_data),
+        "num_train_captions": sum(len(captions) for captions in train_data.captions),
+        "encoders": {
+            "vision": _encoder_name(run.vision_encoder),
+            "text": _encoder_name(run.text_encoder),
+        },
+        "frozen_encoders": run.freeze_encoders,
+        "best_epoch": state["best_epoch"],
+        "validation": best.get("validation", {}),
+        "diagnostics": best.get("diagnostics", {}),
+        "history": state["history"],
+        "notes": [],
+    }
+
+
+def _encoder_name(name: str | None) -> str:
+    if name is None:
+        return "from scratch"
+    return name if name.startswith("package:") else Path(name).name
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
