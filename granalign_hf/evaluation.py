@@ -91,9 +91,7 @@ class RankAccumulator:
                 f"{block.shape} with `first_image` {first_image}."
             )
         if self._image_to_text[images].any():
-            raise ValueError(
-                f"Images {images.start} to {images.stop - 1} were partly added before; add each one once."
-            )
+            raise ValueError(f"Images {images.start} to {images.stop - 1} were partly added before; add each one once.")
         captions = np.flatnonzero((self._index >= images.start) & (self._index < images.stop))
         own = (self._index[captions] - images.start, captions)
         self._check_own_scores(block[own], captions)

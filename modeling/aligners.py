@@ -60,11 +60,12 @@ class GRM(Aligner):
         self.regions = RegionMixture(config.projection_dim, config.num_regions, config.region_logit_scale)
 
     def describe_image(self, patch_embeds: Tensor, patch_mask: Tensor) -> dict[str, Tensor]:
+        patch_embeds = _zero_padding(patch_embeds, patch_mask)
         saliency = self.patch_adapter(patch_embeds) * patch_mask
         return {"patch_saliency": saliency, **self.regions(patch_embeds * saliency[..., None], patch_mask)}
 
     def describe_text(self, word_embeds: Tensor, word_mask: Tensor) -> dict[str, Tensor]:
-        return {"word_saliency": self.word_adapter(word_embeds) * word_mask}
+        return {"word_saliency": self.word_adapter(_zero_padding(word_embeds, word_mask)) * word_mask}
 
     def similarities(self, image, text) -> Tensor:
         return level_similarities(
@@ -78,7 +79,7 @@ class GRM(Aligner):
         )
 
     def regularisers(self, image) -> dict[str, tuple[float, Tensor]]:
-        salient_patches = image.patch_embeds * image.patch_saliency[..., None]
+        salient_patches = _zero_padding(image.patch_embeds, image.patch_mask) * image.patch_saliency[..., None]
         values = {
             "reconstruction": reconstruction_loss(image.region_embeds, salient_patches, image.patch_mask),
             "kl": gaussian_kl(image.region_means, image.region_log_vars),
@@ -121,12 +122,17 @@ class VSE(Aligner):
             return (pooled_image @ pooled_text.T)[None]
 
 
+def _zero_padding(tokens: Tensor, mask: Tensor) -> Tensor:
+    """(n, L, d) tokens with 0 in place of padding: NaN there would reach the gradient of every weight."""
+    return tokens.masked_fill(~mask[..., None], 0)
+
+
 def _pool(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """(n, L, d) tokens -> (n, d) unit-length vectors; a row without tokens gives 0."""
     if pooling == "max":
         pooled = tokens.masked_fill(~mask[..., None], -torch.inf).amax(1).masked_fill(~mask.any(1, keepdim=True), 0)
     else:
-        pooled = tokens.masked_fill(~mask[..., None], 0).sum(1)
+        pooled = _zero_padding(tokens, mask).sum(1)
     return nn.functional.normalize(pooled, dim=-1)
 
 

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Tokens before the patches: class token, distillation token, pooled token (the last for DINOv3-ConvNeXt).
 _NUM_CLASS_TOKENS = {
@@ -22,6 +27,17 @@ _NUM_CLASS_TOKENS = {
     "dinov3_vit": 1,
     "vit": 1,
 }
+# Parameters behind the last hidden state, which pool it; tokens do not depend on them.
+_POOLING_PARAMETERS = {
+    "clip_vision_model": "post_layernorm.",
+    "convnext": "layernorm.",
+    "convnextv2": "layernorm.",
+    "siglip_vision_model": "head.",
+}
+# Their position ids start after the padding id.
+_OFFSET_POSITIONS = ("camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta")
+# Vision encoders with a table of positions, which they stretch to another image size only when told to.
+_FIXED_POSITIONS = ("clip_vision_model", "deit", "siglip_vision_model", "vit")
 _HIERARCHICAL = ("swin", "swinv2")  # token encoders that merge patches and pad odd grids
 
 
@@ -79,22 +95,145 @@ def patch_grid(config: PreTrainedConfig, image_size: tuple[int, int]) -> tuple[i
     return rows, columns
 
 
+def check_image_size(config: PreTrainedConfig, pixel_values: torch.Tensor) -> None:
+    """Raises ValueError if images (B, channels, height, width) have another size than the encoder has positions for.
+
+    SigLIP itself would take 8 x 32 for 16 x 16 patches without a word.
+    """
+    if config.model_type in _FIXED_POSITIONS and tuple(pixel_values.shape[-2:]) != _config_image_size(config):
+        raise ValueError(
+            f"`pixel_values` has images of {tuple(pixel_values.shape[-2:])} pixels, but the vision encoder has positions "
+            f"for {_config_image_size(config)}. Resize them, or pass `interpolate_pos_encoding=True`."
+        )
+
+
+def patch_tokens(
+    hidden: torch.Tensor, config: PreTrainedConfig, pixel_values: torch.Tensor | None
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A vision encoder's last hidden state -> the tokens to project, row by row, and the shape of their grid.
+
+    Args:
+        hidden: (B, tokens, hidden) or a feature map (B, hidden, rows, columns). config: a `GranAlignConfig`, which says
+            how many tokens are prefix, whether they are kept, and how many patches are pooled.
+        pixel_values: the images. `None`: they have the size that the encoder's config names.
+
+    Raises:
+        ValueError: the tokens do not fill the grid that the config promises.
+    """
+    if hidden.ndim == 4:
+        prefix, grid = None, hidden
+    else:
+        vision = config.vision_config
+        image_size = _config_image_size(vision) if pixel_values is None else tuple(pixel_values.shape[-2:])
+        rows, columns = patch_grid(vision, image_size)
+        prefix, patches = hidden.split([config.num_prefix_tokens, hidden.shape[1] - config.num_prefix_tokens], dim=1)
+        if patches.shape[1] != rows * columns:
+            raise ValueError(
+                f"An image of {image_size} pixels gives {hidden.shape[1]} tokens, but `vision_config` "
+                f"({vision.model_type}) stands for {rows} x {columns} patches after {config.num_prefix_tokens} prefix "
+                "tokens. Set `num_prefix_tokens` in the config."
+            )
+        grid = patches.transpose(1, 2).unflatten(2, (rows, columns))
+    if config.patch_pool_size > 1:
+        grid = torch.nn.functional.avg_pool2d(grid, config.patch_pool_size, ceil_mode=True)
+    tokens = grid.flatten(2).transpose(1, 2)
+    if config.use_prefix_tokens and prefix is not None:
+        tokens = torch.cat([prefix, tokens], dim=1)
+    return tokens, tuple(grid.shape[-2:])
+
+
+def _config_image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def max_caption_length(config: PreTrainedConfig) -> int | None:
     """Most tokens that a text encoder takes; `None` where its config sets no bound."""
     length = getattr(config, "max_position_embeddings", None)
-    if length is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        length -= config.pad_token_id + 1  # their positions start after the padding id
+    if length is not None and config.model_type in _OFFSET_POSITIONS:
+        length -= config.pad_token_id + 1
     return length
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """A randomly initialised encoder, without the pooling layer that GranAlign would leave untrained."""
-    return AutoModel.from_config(config, **_without_pooler(config))
+    """A randomly initialised encoder, without the pooling layer that GranAlign would leave untrained.
+
+    It has the default dtype, like the layers around it, whatever dtype its own weights were once saved in.
+    """
+    return AutoModel.from_config(config, dtype=torch.get_default_dtype(), **_without_pooler(config))
 
 
-def load_encoder(name_or_path: str, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
-    """A pretrained encoder, without its pooling layer; `kwargs` go to `AutoModel.from_pretrained`."""
-    return AutoModel.from_pretrained(name_or_path, config=config, **_without_pooler(config), **kwargs)
+def load_encoder(name_or_path: str, side: str, config: PreTrainedConfig | None = None, **kwargs) -> PreTrainedModel:
+    """A pretrained encoder, without its pooling layer.
+
+    Args:
+        side: `"vision_config"` or `"text_config"`: the side to take of a two-sided model.
+        config: instead of the one at the path. kwargs: go to `AutoModel.from_pretrained`.
+
+    Raises:
+        ValueError: none of the encoder's weights is there.
+    """
+    config = side_config(name_or_path, side) if config is None else config
+    encoder, report = AutoModel.from_pretrained(
+        name_or_path, config=config, output_loading_info=True, **_without_pooler(config), **kwargs
+    )
+    if len(report["missing_keys"]) >= len(encoder.state_dict()):
+        raise ValueError(
+            f"`{name_or_path}` has no weights of a {config.model_type!r} encoder, so all of them would be random. Pass the "
+            "checkpoint of the encoder itself."
+        )
+    if os.path.isdir(name_or_path):  # the name of the folder stays, its place on this machine does not
+        config._name_or_path = os.path.basename(os.path.abspath(name_or_path))
+    return encoder
+
+
+def side_config(name_or_path: str, side: str) -> PreTrainedConfig:
+    """The config at a path, or the given side (`"vision_config"` or `"text_config"`) of a two-sided one."""
+    config = AutoConfig.from_pretrained(name_or_path)
+    return getattr(config, side, config)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at a path.
+
+    Raises:
+        ValueError: it knows special tokens only: Transformers makes such a one where the vocabulary file is missing.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"The tokenizer at `{name_or_path}` has no vocabulary. Save the tokenizer of the text encoder there, or pass a "
+            "path that has one."
+        )
+    return tokenizer
+
+
+def tokenizer_special_ids(name_or_path: str) -> list[int] | None:
+    """[`special_token_ids`] of the tokenizer at a path; `None`, with a warning, where there is none."""
+    try:
+        return special_token_ids(load_tokenizer(name_or_path))
+    except (OSError, ValueError):
+        logger.warning(
+            f"No tokenizer at {name_or_path}: special tokens are those that the text config declares. Pass "
+            "`special_token_ids` if that is not all of them."
+        )
+        return None
+
+
+def reduce_to_tokens(encoder: PreTrainedModel) -> None:
+    """Takes what tokens do not depend on out of training: an optimiser or DDP would wait for its gradient.
+
+    A pooling layer that can be left out is removed; other such parameters become buffers, saved and loaded as before.
+    """
+    if _without_pooler(encoder.config):
+        encoder.pooler = None
+    idle = ("embeddings.mask_token", _POOLING_PARAMETERS.get(encoder.config.model_type, "embeddings.mask_token"))
+    for name, parameter in list(encoder.named_parameters()):
+        if name.startswith(idle):
+            path, _, leaf = name.rpartition(".")
+            owner = encoder.get_submodule(path)
+            delattr(owner, leaf)
+            owner.register_buffer(leaf, parameter.detach())
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:

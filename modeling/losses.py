@@ -41,7 +41,7 @@ def contrastive_hinge(scores: Tensor, positives: Tensor, margin: float, use_hard
 
 def _mean_hinge(offset: Tensor, scores: Tensor, negatives: Tensor, rows: Tensor) -> Tensor:
     """offset (P,), scores and negatives (n, m), rows (P,) -> (P,) mean over the negatives of the row."""
-    weights = negatives / negatives.sum(1, keepdim=True).clamp(min=1)
+    weights = negatives.to(scores.dtype) / negatives.sum(1, keepdim=True).clamp(min=1)
     return ((offset[:, None] + scores[rows]).relu() * weights[rows]).sum(1)
 
 
@@ -51,9 +51,7 @@ def reconstruction_loss(region_embeds: Tensor, patch_embeds: Tensor, patch_mask:
     Args:
         region_embeds: (B, K, d). patch_embeds: (B, Lv, d), times their saliency. patch_mask: (B, Lv) bool.
     """
-    weights = patch_mask / patch_mask.sum(1, keepdim=True).clamp(min=1)
-    image_mean = torch.einsum("iv,ivd->id", weights, patch_embeds)
-    return (region_embeds - image_mean[:, None]).square().sum(-1).mean()
+    return (region_embeds - _mean_of_real(patch_embeds, patch_mask)[:, None]).square().sum(-1).mean()
 
 
 def gaussian_kl(region_means: Tensor, region_log_vars: Tensor) -> Tensor:
@@ -71,5 +69,11 @@ def region_entropy(region_affinity: Tensor, patch_mask: Tensor) -> Tensor:
     Args:
         region_affinity: (B, Lv, K) in [0, 1]. patch_mask: (B, Lv) bool.
     """
-    weights = patch_mask / patch_mask.sum(1, keepdim=True).clamp(min=1)
-    return torch.einsum("iv,ivk->ik", weights, torch.special.entr(region_affinity)).mean()
+    # The slope of -A log A is infinite at 0, where padding and underflow lie.
+    affinity = region_affinity.masked_fill(~patch_mask[..., None], 1).clamp(min=torch.finfo(region_affinity.dtype).tiny)
+    return _mean_of_real(torch.special.entr(affinity), patch_mask).mean()
+
+
+def _mean_of_real(values: Tensor, mask: Tensor) -> Tensor:
+    """(n, L, m) -> (n, m): the mean over real tokens, whatever stands in the others; 0 without any."""
+    return values.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)

@@ -1,118 +1,33 @@
 """GranAlign model: encoders -> projected tokens -> aligner -> scores and loss. Wiring only."""
 
 import inspect
-from dataclasses import dataclass
-from typing import Any
+import os
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, initialization as init
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .aligners import ALIGNERS
 from .configuration_granalign import GranAlignConfig
-from .encoders import build_encoder, feature_size, load_encoder, max_caption_length, patch_grid, special_token_ids
+from .encoders import (
+    build_encoder,
+    check_image_size,
+    feature_size,
+    load_encoder,
+    max_caption_length,
+    patch_tokens,
+    reduce_to_tokens,
+    tokenizer_special_ids,
+)
 from .losses import contrastive_hinge
+from .outputs import GranAlignImageOutput, GranAlignOutput, GranAlignTextOutput
 from .regions import RegionMixture
-from .saliency import SaliencyAdapter
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class GranAlignImageOutput(BaseModelOutputWithPooling):
-    r"""
-    The encoder's own output (`last_hidden_state`, `hidden_states`, `attentions`) and the tokens that an aligner scores.
-    `pooler_output` is the mean patch, for those who need one vector an image.
-
-    patch_embeds (`torch.FloatTensor` of shape `(B, Lv, D)`):
-        Projected patches of unit length, row by row over the grid (after prefix tokens, where those are used) [V].
-    patch_mask (`torch.BoolTensor` of shape `(B, Lv)`):
-        True = real patch.
-    spatial_shapes (`torch.LongTensor` of shape `(B, 2)`):
-        Rows and columns of the patch grid.
-    patch_saliency (`torch.FloatTensor` of shape `(B, Lv)`, GRM):
-        In [0, 1] [A_V].
-    region_affinity, region_assignment (`torch.FloatTensor` of shape `(B, Lv, K)`, GRM):
-        In [0, 1]; the assignment sums to 1 over patches [A_r].
-    region_weights (`torch.FloatTensor` of shape `(B, K)`, GRM):
-        Mixing coefficients, they sum to 1 [pi].
-    region_means, region_log_vars, region_embeds (`torch.FloatTensor` of shape `(B, K, D)`, GRM):
-        Means, log-variances and samples of the regions; the samples equal the means at inference [mu, log sigma^2, U].
-    """
-
-    patch_embeds: Tensor | None = None
-    patch_mask: Tensor | None = None
-    spatial_shapes: Tensor | None = None
-    patch_saliency: Tensor | None = None
-    region_affinity: Tensor | None = None
-    region_assignment: Tensor | None = None
-    region_weights: Tensor | None = None
-    region_means: Tensor | None = None
-    region_log_vars: Tensor | None = None
-    region_embeds: Tensor | None = None
-
-
-@dataclass
-class GranAlignTextOutput(BaseModelOutputWithPooling):
-    r"""
-    The encoder's own output (`last_hidden_state`, `hidden_states`, `attentions`) and the tokens that an aligner scores.
-    `pooler_output` is the mean word.
-
-    word_embeds (`torch.FloatTensor` of shape `(C, Lt, D)`):
-        Projected words of unit length [T].
-    word_mask (`torch.BoolTensor` of shape `(C, Lt)`):
-        True = takes part in the score.
-    word_saliency (`torch.FloatTensor` of shape `(C, Lt)`, GRM):
-        In [0, 1] [A_T].
-    """
-
-    word_embeds: Tensor | None = None
-    word_mask: Tensor | None = None
-    word_saliency: Tensor | None = None
-
-
-@dataclass
-class GranAlignOutput(ModelOutput):
-    r"""
-    loss (`torch.FloatTensor` of shape `()`, *optional*, with `return_loss=True`):
-        Weighted sum of `loss_terms`.
-    logits_per_image (`torch.FloatTensor` of shape `(B, C)`):
-        Score of every image with every caption [S], float32, in [-2, 2] for GRM and in [-1, 1] for CHAN and VSE++.
-    logits_per_text (`torch.FloatTensor` of shape `(C, B)`):
-        Its transpose.
-    loss_terms (`dict[str, torch.FloatTensor]`, *optional*, with `return_loss=True`):
-        Each term before its weight.
-    vision_model_output, text_model_output ([`BaseModelOutput`]):
-        What the encoders returned.
-
-    The other fields are those of [`GranAlignImageOutput`] and [`GranAlignTextOutput`].
-    """
-
-    loss: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    loss_terms: dict[str, Tensor] | None = None
-    patch_embeds: Tensor | None = None
-    word_embeds: Tensor | None = None
-    patch_mask: Tensor | None = None
-    word_mask: Tensor | None = None
-    spatial_shapes: Tensor | None = None
-    patch_saliency: Tensor | None = None
-    word_saliency: Tensor | None = None
-    region_affinity: Tensor | None = None
-    region_assignment: Tensor | None = None
-    region_weights: Tensor | None = None
-    region_means: Tensor | None = None
-    region_log_vars: Tensor | None = None
-    region_embeds: Tensor | None = None
-    vision_model_output: BaseModelOutput | None = None
-    text_model_output: BaseModelOutput | None = None
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class GranAlignPreTrainedModel(PreTrainedModel):
@@ -121,7 +36,7 @@ class GranAlignPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SaliencyAdapter", "RegionMixture"]  # noqa: RUF012
+    _no_split_modules = ["SaliencyAdapter", "RegionMixture"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -149,7 +64,8 @@ class GranAlignModel(GranAlignPreTrainedModel):
 
     Args:
         config ([`GranAlignConfig`], *optional*): needed unless both encoders are given.
-        vision_model, text_model (`PreTrainedModel`, *optional*): encoders to use instead of random ones.
+        vision_model, text_model (`PreTrainedModel`, *optional*): encoders to use instead of random ones. They lose their
+            pooling layers, and their configs become those of this model.
 
     Example:
 
@@ -182,10 +98,10 @@ class GranAlignModel(GranAlignPreTrainedModel):
         super().__init__(config)
         self.vision_model = build_encoder(config.vision_config) if vision_model is None else vision_model
         self.text_model = build_encoder(config.text_config) if text_model is None else text_model
-        # One config object a side: what is set on the model's config reaches the encoder.
-        config.vision_config._attn_implementation = self.vision_model.config._attn_implementation
-        config.text_config._attn_implementation = self.text_model.config._attn_implementation
-        self.vision_model.config, self.text_model.config = config.vision_config, config.text_config
+        # One config object a side: what is set on the model's config reaches every layer of the encoder.
+        config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
+        reduce_to_tokens(self.vision_model)
+        reduce_to_tokens(self.text_model)
         self.patch_projection = nn.Linear(feature_size(config.vision_config), config.projection_dim)
         self.word_projection = nn.Linear(feature_size(config.text_config), config.projection_dim)
         self.aligner = ALIGNERS[config.aligner](config)
@@ -215,15 +131,18 @@ class GranAlignModel(GranAlignPreTrainedModel):
                 `image_size` of `vision_config`.
 
         Raises:
-            ValueError: neither input is given, or the encoder's tokens do not fill the grid that its config promises.
+            ValueError: neither input is given, the images have another size than the encoder's positions, or its tokens do
+                not fill the grid that its config promises.
         """
         if vision_model_output is None:
             if pixel_values is None:
                 raise ValueError("Images are missing: pass `pixel_values` as returned by GranAlignProcessor.")
             if interpolate_pos_encoding and _accepts(self.vision_model, "interpolate_pos_encoding"):
                 kwargs["interpolate_pos_encoding"] = True
+            elif not interpolate_pos_encoding:
+                check_image_size(self.config.vision_config, pixel_values)
             vision_model_output = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        hidden, spatial_shape = self._patches(vision_model_output.last_hidden_state, pixel_values)
+        hidden, spatial_shape = patch_tokens(vision_model_output.last_hidden_state, self.config, pixel_values)
         patch_embeds = _unit_length(self.patch_projection(hidden))
         patch_mask = torch.ones(patch_embeds.shape[:2], dtype=torch.bool, device=patch_embeds.device)
         return GranAlignImageOutput(
@@ -236,32 +155,6 @@ class GranAlignModel(GranAlignPreTrainedModel):
             spatial_shapes=torch.tensor([spatial_shape], device=patch_embeds.device).expand(len(patch_embeds), 2),
             **self.aligner.describe_image(patch_embeds, patch_mask),
         )
-
-    def _patches(self, hidden: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
-        """An encoder's last hidden state -> (B, Lv, hidden) tokens, row by row, and the shape of their grid."""
-        config = self.config
-        if hidden.ndim == 4:
-            prefix, grid = None, hidden
-        else:
-            image_size = config.vision_config.image_size if pixel_values is None else pixel_values.shape[-2:]
-            image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-            rows, columns = patch_grid(config.vision_config, image_size)
-            prefix, patches = hidden.split(
-                [config.num_prefix_tokens, hidden.shape[1] - config.num_prefix_tokens], dim=1
-            )
-            if patches.shape[1] != rows * columns:
-                raise ValueError(
-                    f"An image of {image_size} pixels gives {hidden.shape[1]} tokens, but `vision_config` "
-                    f"({config.vision_config.model_type}) stands for {rows} x {columns} patches after "
-                    f"{config.num_prefix_tokens} prefix tokens. Set `num_prefix_tokens` in the config."
-                )
-            grid = patches.transpose(1, 2).unflatten(2, (rows, columns))
-        if config.patch_pool_size > 1:
-            grid = nn.functional.avg_pool2d(grid, config.patch_pool_size, ceil_mode=True)
-        tokens = grid.flatten(2).transpose(1, 2)
-        if config.use_prefix_tokens and prefix is not None:
-            tokens = torch.cat([prefix, tokens], dim=1)
-        return tokens, tuple(grid.shape[-2:])
 
     @can_return_tuple
     def get_text_features(
@@ -380,9 +273,11 @@ class GranAlignModel(GranAlignPreTrainedModel):
         Raises:
             ValueError: an input is missing or does not fit; the message names it.
         """
-        image = self.get_image_features(pixel_values, interpolate_pos_encoding, vision_model_output, **kwargs)
+        image = self.get_image_features(
+            pixel_values, interpolate_pos_encoding, vision_model_output, return_dict=True, **kwargs
+        )
         text = self.get_text_features(
-            input_ids, attention_mask, position_ids, token_type_ids, text_model_output, **kwargs
+            input_ids, attention_mask, position_ids, token_type_ids, text_model_output, return_dict=True, **kwargs
         )
         levels = self.similarities(image, text)
         logits_per_image = self._weigh_levels(levels)
@@ -402,6 +297,14 @@ class GranAlignModel(GranAlignPreTrainedModel):
             **tokens,
         )
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As in `PreTrainedModel`; where the code is saved too, pipelines find it without this package."""
+        if self.is_remote_code():
+            code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+            auto_map = dict.fromkeys(("AutoModel", "AutoModelForZeroShotImageClassification"), code)
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @classmethod
     def from_vision_text_pretrained(
         cls, vision_model_name_or_path: str, text_model_name_or_path: str, **kwargs
@@ -412,23 +315,34 @@ class GranAlignModel(GranAlignPreTrainedModel):
         Args:
             vision_model_name_or_path: a Hub name or folder. Of a model with a vision side (CLIP, SigLIP) that is taken.
             text_model_name_or_path: likewise.
-            kwargs: `vision_*` and `text_*` go to the `from_pretrained` of the encoder, `dtype` to both (default
-                float32), all others are fields of [`GranAlignConfig`]. The ids of special tokens come from the
-                tokenizer beside the text encoder, where there is one.
+            kwargs: `vision_*` and `text_*` go to the `from_pretrained` of the encoder, `dtype` (default float32) and
+                `attn_implementation` to both, all others are fields of [`GranAlignConfig`]. The ids of special tokens
+                come from the tokenizer beside the text encoder, where there is one.
+
+        Raises:
+            ValueError: there are no weights of such an encoder at a path.
         """
-        dtype = kwargs.pop("dtype", torch.float32)
-        vision_kwargs = {k.removeprefix("vision_"): kwargs.pop(k) for k in list(kwargs) if k.startswith("vision_")}
-        text_kwargs = {k.removeprefix("text_"): kwargs.pop(k) for k in list(kwargs) if k.startswith("text_")}
-        vision_model = _load_side(vision_model_name_or_path, "vision_config", {"dtype": dtype} | vision_kwargs)
-        text_model = _load_side(text_model_name_or_path, "text_config", {"dtype": dtype} | text_kwargs)
+        shared = {"dtype": kwargs.pop("dtype", torch.float32)}
+        if "attn_implementation" in kwargs:
+            shared["attn_implementation"] = kwargs.pop("attn_implementation")
+        own = {
+            side: {k.removeprefix(side): kwargs.pop(k) for k in list(kwargs) if k.startswith(side)}
+            for side in ("vision_", "text_")
+        }
+        vision_model = load_encoder(vision_model_name_or_path, "vision_config", **(shared | own["vision_"]))
+        text_model = load_encoder(text_model_name_or_path, "text_config", **(shared | own["text_"]))
         if kwargs.get("special_token_ids") is None:
-            kwargs["special_token_ids"] = _tokenizer_special_ids(text_model_name_or_path)
+            kwargs["special_token_ids"] = tokenizer_special_ids(text_model_name_or_path)
         config = GranAlignConfig.from_vision_text_configs(vision_model.config, text_model.config, **kwargs)
+        model = cls(config, vision_model, text_model)
+        model.patch_projection.to(vision_model.dtype)
+        model.word_projection.to(text_model.dtype)
+        model.aligner.to(vision_model.dtype)
         logger.warning(
             "The projections and the aligner are newly initialised. Train the model before you use it, for example with "
             "`accelerate launch training/train.py`."
         )
-        return cls(config, vision_model, text_model)
+        return model
 
 
 def _unit_length(tokens: Tensor) -> Tensor:
@@ -467,23 +381,6 @@ def _positives(
         if ids.shape != (length,):
             raise ValueError(f"`{name}` must have shape ({length},), got {tuple(ids.shape)}.")
     return image_ids[:, None] == caption_image_ids[None, :]
-
-
-def _load_side(name_or_path: str, side: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The encoder at a path, or the given side of a two-sided model there."""
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path)
-    return load_encoder(name_or_path, getattr(config, side, config), **kwargs)
-
-
-def _tokenizer_special_ids(name_or_path: str) -> list[int] | None:
-    try:
-        return special_token_ids(AutoTokenizer.from_pretrained(name_or_path))
-    except (OSError, ValueError):
-        logger.warning(
-            f"No tokenizer at {name_or_path}: special tokens are those that the text config declares. Pass "
-            "`special_token_ids` if that is not all of them."
-        )
-        return None
 
 
 __all__ = [

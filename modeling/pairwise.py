@@ -1,7 +1,7 @@
 """Runs a scoring rule over every image x caption pair by tiles: exact, differentiable, and never the 4-D tensor.
 
-Letters: B images, C captions, v patches, w words, k regions, d features; in a tile: i images, n captions of one group, L words
-of each. A tile is the product of a block of packed words with the patches of a few images.
+Letters: B images, C captions, v patches, w words, k regions, d features; in a tile: i images, n captions of one group,
+L words of each. A tile is the product of a block of packed words with the patches of a few images.
 
 Two things keep it exact and small. A padded token is never set to zero (zero would beat a negative product): a real token
 of the same caption or image takes its place, which changes no maximum, and its weight in the mean is 0. The backward pass
@@ -44,9 +44,8 @@ class Tokens(NamedTuple):
     region_embeds: Tensor | None = None  # (B, k, d)
 
 
-def score_all_pairs(
-    rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None, memory_budget: int
-) -> Tensor:
+@torch.compiler.disable  # the tiles follow the lengths of the captions: a graph would be built anew for every batch
+def score_all_pairs(rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None, memory_budget: int) -> Tensor:
     """Scores of every image with every caption, (levels, B, C), in at least float32.
 
     Products keep the dtype of the input, except float16 on a CPU (16 times slower there than float32). Autocast is off:
@@ -56,7 +55,7 @@ def score_all_pairs(
     dtype = tokens.patch_embeds.dtype
     if device.type == "cpu" and dtype == torch.float16:
         dtype = torch.float32
-    tokens = Tokens(*(None if t is None else t.to(dtype) for t in tokens))
+    tokens = Tokens(*(None if t is None else t.to(dtype).contiguous() for t in tokens))
     if patch_mask is not None and patch_mask.all():
         patch_mask = None
     layout = _Layout.of(word_mask, patch_mask, tokens)
@@ -138,7 +137,7 @@ def _pack(tokens: Tokens, layout: _Layout, block: list[_Group]) -> tuple[Tokens,
     return packed, flat
 
 
-def _images(tokens: Tokens, tile: slice) -> Tokens:
+def _images(tokens: Tokens, tile: slice | Tensor) -> Tokens:
     patches, _, saliency, _, regions = tokens
     return tokens._replace(
         patch_embeds=patches[tile],
@@ -147,7 +146,7 @@ def _images(tokens: Tokens, tile: slice) -> Tokens:
     )
 
 
-def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice, tokens: Tokens) -> Tensor:
+def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice | Tensor, tokens: Tokens) -> Tensor:
     """The packed words of a block with the images of a tile -> (levels, i, captions of the block)."""
     patches, words, patch_saliency, word_saliency, regions = tokens
     num_images = len(patches)
@@ -161,9 +160,7 @@ def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice, t
     region_products = none if regions is None else (words @ regions.flatten(0, 1).T).split(sizes)
     word_saliencies = none if word_saliency is None else word_saliency.split(sizes)
     scores = []
-    for group, of_patches, of_regions, saliency in zip(
-        block, patch_products, region_products, word_saliencies, strict=True
-    ):
+    for group, of_patches, of_regions, saliency in zip(block, patch_products, region_products, word_saliencies, strict=True):
         shape = (len(group.captions), group.num_words)
         levels = rule(
             Products(
@@ -188,9 +185,7 @@ class _AllPairs(torch.autograd.Function):
     def forward(ctx, rule: Rule, layout: _Layout, memory_budget: int, *inputs: Tensor | None) -> Tensor:
         tokens = Tokens(*inputs)
         num_images, num_patches, _ = tokens.patch_embeds.shape
-        columns = max(
-            memory_budget // (tokens.patch_embeds.element_size() * num_patches), 1
-        )  # words x images of a tile
+        columns = max(memory_budget // (tokens.patch_embeds.element_size() * num_patches), 1)  # words x images of a tile
         scores = None
         for block in _blocks(layout, list(range(len(layout.lengths))), max(columns // min(8, max(num_images, 1)), 1)):
             packed, _ = _pack(tokens, layout, block)
@@ -211,14 +206,13 @@ class _AllPairs(torch.autograd.Function):
         is_wanted = Tokens(*ctx.needs_input_grad[3:])
         grads = Tokens(*(torch.zeros_like(t, dtype=grad.dtype) if w else None for t, w in zip(tokens, is_wanted)))
         has_grad = (grad != 0).any(0)
-        num_images, num_captions = has_grad.shape
         if has_grad.sum() < SPARSE_SHARE * has_grad.numel():
             images_per_tile = 1 if grad.device.type == "cpu" else 16
         else:
             images_per_tile = max(ctx.columns // max(sum(ctx.layout.lengths), 1), 1)
         has_grad = has_grad[:, ctx.layout.order]
         with torch.autocast(grad.device.type, enabled=False):
-            for tile in _slices(num_images, images_per_tile):
+            for tile in has_grad.any(1).nonzero()[:, 0].split(images_per_tile):
                 positions = has_grad[tile].any(0).nonzero()[:, 0].tolist()
                 for block in _blocks(ctx.layout, positions, max(ctx.columns // images_per_tile, 1)):
                     _add_tile_grads(ctx.rule, ctx.layout, block, tile, tokens, grad, grads)
@@ -226,7 +220,7 @@ class _AllPairs(torch.autograd.Function):
         return (None, None, None, *grads)
 
 
-def _add_tile_grads(rule, layout, block, tile: slice, tokens: Tokens, grad: Tensor, grads: Tokens) -> None:
+def _add_tile_grads(rule, layout, block, tile: Tensor, tokens: Tokens, grad: Tensor, grads: Tokens) -> None:
     """Recomputes one tile with a graph and adds its gradients in place to `grads`."""
     packed, flat = _pack(tokens, layout, block)
     leaves = Tokens(
@@ -239,7 +233,7 @@ def _add_tile_grads(rule, layout, block, tile: slice, tokens: Tokens, grad: Tens
         scores = _score_tile(rule, layout, block, tile, leaves)
     captions = torch.cat([group.captions for group in block])
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    tile_grads = iter(torch.autograd.grad(scores, wanted, grad[:, tile, captions], allow_unused=True))
+    tile_grads = iter(torch.autograd.grad(scores, wanted, grad[:, tile[:, None], captions], allow_unused=True))
     for name, leaf, total in zip(Tokens._fields, leaves, grads):
         part = next(tile_grads) if leaf is not None and leaf.requires_grad else None
         if part is None:
@@ -247,4 +241,4 @@ def _add_tile_grads(rule, layout, block, tile: slice, tokens: Tokens, grad: Tens
         if name.startswith("word"):
             total.flatten(0, 1).index_add_(0, flat, part)
         else:
-            total[tile] += part
+            total.index_add_(0, tile, part)

@@ -3,12 +3,13 @@
 import os
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
+import numpy as np
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .encoders import max_caption_length
+from .encoders import load_tokenizer, max_caption_length, side_config
 
 logger = logging.get_logger(__name__)
 
@@ -17,14 +18,17 @@ class GranAlignProcessor(ProcessorMixin):
     r"""
     Images to `pixel_values`, captions to `input_ids` and `attention_mask`.
 
-    Rules: images of any mode become RGB (transparency is dropped); a path is read; captions are padded to the longest and
-    truncated, with a warning, to what the text encoder takes.
+    Rules for images: a path is read, and turned as its EXIF tag says. Any mode becomes RGB: grey is repeated, transparency
+    dropped, 16-bit grey scaled to 8 bits. An array of bytes is a grey or colour image with the channels last; other arrays
+    and tensors go to the image processor as they are.
+
+    Rules for captions: they are padded to the longest, and truncated, with a warning, to what the text encoder takes.
 
     Args:
         image_processor: any Transformers image processor. tokenizer: any Transformers tokenizer.
     """
 
-    text_kwargs = {"padding": True, "truncation": True}  # noqa: RUF012
+    text_kwargs = {"padding": True, "truncation": True}
 
     def __init__(self, image_processor=None, tokenizer=None):
         super().__init__(image_processor, tokenizer)
@@ -49,34 +53,46 @@ class GranAlignProcessor(ProcessorMixin):
             images = _read_images(images)
         features = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None:
-            self._warn_of_truncation(text, features["input_ids"])
+            self._warn_of_truncation([text] if isinstance(text, str) else text, features["input_ids"])
         return features
 
-    def _warn_of_truncation(self, text: Any, input_ids: Any) -> None:
-        """Counts captions that lost words: only those that fill the longest row can have."""
-        captions = [text] if isinstance(text, str) else text
-        if len(input_ids[0]) < self.tokenizer.model_max_length or not isinstance(captions[0], str):
+    def _warn_of_truncation(self, captions: list, input_ids: Any) -> None:
+        """Counts captions that lost words: only where the longest row is full can there be one."""
+        first = input_ids if isinstance(input_ids[0], int) else input_ids[0]
+        longest = self.tokenizer.model_max_length
+        if len(first) < longest or not isinstance(captions[0], str):
             return
         lengths = [len(ids) for ids in self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
-        num_cut = sum(length > self.tokenizer.model_max_length for length in lengths)
+        num_cut = sum(length > longest for length in lengths)
         if num_cut:
             logger.warning(
-                f"{num_cut} of {len(captions)} captions were cut to the {self.tokenizer.model_max_length} tokens that the "
-                f"text encoder takes (the longest has {max(lengths)})."
+                f"{num_cut} of {len(captions)} captions were cut to the {longest} tokens that the text encoder takes (the "
+                f"longest has {max(lengths)})."
             )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str]:
+        """As in `ProcessorMixin`, which leaves the map to the saved code on the processor: it equals the loaded one."""
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        self.__dict__.pop("auto_map", None)
+        return files
 
     @classmethod
     def from_vision_text_pretrained(
-        cls, vision_model_name_or_path: str, text_model_name_or_path: str, text_config=None
+        cls, vision_model_name_or_path: str, text_model_name_or_path: str, text_config: PreTrainedConfig | None = None
     ) -> "GranAlignProcessor":
         r"""
         The processor that belongs to [`GranAlignModel.from_vision_text_pretrained`].
 
         Args:
-            text_config: config of the text encoder; the tokenizer then never returns more tokens than it takes.
+            text_config: config of the text encoder, which says how many tokens it takes; the tokenizer then never returns
+                more. Default: the one beside the tokenizer.
+
+        Raises:
+            ValueError: the tokenizer has no vocabulary.
         """
-        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path)
-        longest = None if text_config is None else max_caption_length(text_config)
+        tokenizer = load_tokenizer(text_model_name_or_path)
+        text_config = side_config(text_model_name_or_path, "text_config") if text_config is None else text_config
+        longest = max_caption_length(text_config)
         if longest is not None:
             tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         return cls(AutoImageProcessor.from_pretrained(vision_model_name_or_path), tokenizer)
@@ -94,26 +110,43 @@ def _check_captions(text: Any) -> None:
 
 
 def _read_images(images: Any) -> Any:
-    """Paths are opened and PIL images become RGB; arrays, tensors and URLs pass through."""
+    """Paths, PIL images and arrays of bytes become RGB images; other arrays, tensors and URLs pass through."""
     if isinstance(images, list | tuple):
         return [_read_images(image) for image in images]
     if isinstance(images, str | os.PathLike) and not str(images).startswith(("http://", "https://", "data:")):
-        images = _open(images)
+        return _open(images)
     if isinstance(images, Image.Image):
-        try:
-            return images.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"Image `{getattr(images, 'filename', images)}` cannot be read: {error}.") from error
+        return _to_rgb(images, getattr(images, "filename", "") or images)
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and (images.ndim == 2 or images.shape[-1] in (1, 3, 4)):
+        return _array_to_rgb(images)
     return images
 
 
 def _open(path: str | os.PathLike) -> Image.Image:
     try:
-        return Image.open(path)
-    except (OSError, UnidentifiedImageError) as error:
+        with Image.open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image), path)
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"Image `{path}` cannot be read: {error}. Pass a PIL image or the path of an image file."
         ) from error
+
+
+def _to_rgb(image: Image.Image, name: Any) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError(f"Image `{name}` has mode {image.mode!r}, whose range is not known. Convert it to 8 bits first.")
+    try:
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow decodes late, and a broken PNG is a SyntaxError
+        raise ValueError(f"Image `{name}` cannot be read: {error}.") from error
+
+
+def _array_to_rgb(array: np.ndarray) -> Any:
+    if array.ndim == 4:
+        return [_array_to_rgb(image) for image in array]
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array).convert("RGB")
 
 
 __all__ = ["GranAlignProcessor"]

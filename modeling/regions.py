@@ -25,8 +25,8 @@ class RegionMixture(nn.Module):
         """Groups patches into regions.
 
         Args:
-            patch_embeds: (B, Lv, d) float32, unit-length patches times their saliency.
-            patch_mask: (B, Lv) bool, True = real patch.
+            patch_embeds: (B, Lv, d) float32 or float64, unit-length patches times their saliency.
+            patch_mask: (B, Lv) bool, True = real patch. An image without one has weights and means of 0.
 
         Returns:
             `region_affinity` (B, Lv, K) in [0, 1] (eq. 2), `region_assignment` (B, Lv, K), which sums to 1 over patches,
@@ -34,22 +34,28 @@ class RegionMixture(nn.Module):
             `region_log_vars` (B, K, d) (eq. 4) and `region_embeds` (B, K, d): a sample in training (eq. 5-6), the mean
             at inference, since sampling at test time would reward uncertain images.
         """
-        prompts = nn.functional.normalize(self.region_prompts.float(), dim=-1)
+        patch_embeds = patch_embeds.masked_fill(~patch_mask[..., None], 0)
+        prompts = nn.functional.normalize(self.region_prompts.to(patch_embeds.dtype), dim=-1)
         with torch.autocast(patch_embeds.device.type, enabled=False):
             affinity = torch.sigmoid(self.logit_scale * patch_embeds @ prompts.T) * patch_mask[..., None]
             mass = affinity.sum(1)
-            assignment = affinity / mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, None]
+            assignment = affinity / _without_zeros(mass)[:, None]
             means = torch.einsum("ivk,ivd->ikd", assignment, patch_embeds)
         scaled = (means * means.shape[-1] ** 0.5).to(self.hidden.weight.dtype)
-        log_vars = self.log_var(nn.functional.gelu(self.hidden(scaled))).float()
+        log_vars = self.log_var(nn.functional.gelu(self.hidden(scaled))).to(means.dtype)
         return {
             "region_affinity": affinity,
             "region_assignment": assignment,
-            "region_weights": mass / mass.sum(1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny),
+            "region_weights": mass / _without_zeros(mass.sum(1, keepdim=True)),
             "region_means": means,
             "region_log_vars": log_vars,
             "region_embeds": sample_regions(assignment, means, log_vars) if self.training else means,
         }
+
+
+def _without_zeros(denominator: Tensor) -> Tensor:
+    """0 -> 1: a tiny floor would overflow in the gradient."""
+    return denominator.masked_fill(denominator == 0, 1)
 
 
 def sample_regions(region_assignment: Tensor, region_means: Tensor, region_log_vars: Tensor) -> Tensor:
@@ -64,5 +70,5 @@ def sample_regions(region_assignment: Tensor, region_means: Tensor, region_log_v
     Returns:
         (B, K, d).
     """
-    scale = region_assignment.square().sum(1).sqrt()[..., None]
+    scale = torch.linalg.vector_norm(region_assignment, dim=1)[..., None]
     return region_means + scale * torch.exp(region_log_vars / 2) * torch.randn_like(region_means)

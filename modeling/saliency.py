@@ -23,12 +23,13 @@ class SaliencyAdapter(nn.Module):
         self.decision = nn.Linear(dim, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(n, L, dim) unit-length tokens -> (n, L) float32 saliency in [0, 1].
+        """(n, L, dim) unit-length tokens -> (n, L) saliency in [0, 1], in at least float32.
 
         Tokens are scaled to unit variance first, so that the first layer works at the scale it is initialised for.
         """
         tokens = (tokens * tokens.shape[-1] ** 0.5).to(self.hidden.weight.dtype)
-        logits = self.decision(nn.functional.gelu(self.hidden(tokens))).float()
+        logits = self.decision(nn.functional.gelu(self.hidden(tokens)))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         difference = logits[..., 1] - logits[..., 0]
         if self.training:
             uniform = torch.rand_like(difference).clamp(1e-6, 1 - 1e-6)

@@ -60,7 +60,7 @@ def token_similarity(
             f"`level_weights` must have one weight for each of the {len(levels)} levels that the other arguments "
             f"define, got {len(level_weights)}: {tuple(level_weights)}."
         )
-    return torch.tensordot(levels.new_tensor(level_weights), levels, dims=1)
+    return (levels.new_tensor(level_weights)[:, None, None] * levels).sum(0)  # no product that autocast could round
 
 
 def level_similarities(
@@ -123,8 +123,10 @@ def hard_alignment(
         (B, C) scores, at least float32.
 
     Raises:
-        ValueError: unknown `pooling`, or a shape or dtype that does not fit.
+        ValueError: unknown `pooling`, a `temperature` of 0 or less, or a shape or dtype that does not fit.
     """
+    if temperature <= 0:
+        raise ValueError(f"`temperature` of the hard alignment must be greater than 0, got {temperature}.")
     rules = {"mean": _mean_of_best_patch, "logsumexp": _logsumexp_of_best_patch(temperature)}
     if pooling not in rules:
         raise ValueError(f"`pooling` of the hard alignment must be one of {sorted(rules)}, got {pooling!r}.")
@@ -169,13 +171,9 @@ def _logsumexp_of_best_patch(temperature: float) -> Rule:
     return rule
 
 
-def _check(
-    patch_embeds, word_embeds, word_mask, patch_mask=None, patch_saliency=None, word_saliency=None, regions=None
-):
+def _check(patch_embeds, word_embeds, word_mask, patch_mask=None, patch_saliency=None, word_saliency=None, regions=None):
     if patch_embeds.ndim != 3:
-        raise ValueError(
-            f"`patch_embeds` must have shape (images, patches, features), got {tuple(patch_embeds.shape)}."
-        )
+        raise ValueError(f"`patch_embeds` must have shape (images, patches, features), got {tuple(patch_embeds.shape)}.")
     num_images, num_patches, dim = patch_embeds.shape
     if word_embeds.ndim != 3 or word_embeds.shape[2] != dim:
         raise ValueError(
@@ -199,10 +197,8 @@ def _check(
             raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}. {advice}")
         if tensor is not None and name.endswith("mask") and tensor.dtype != torch.bool:
             raise ValueError(f"`{name}` must be boolean (True = real token), got {tensor.dtype}. {advice}")
-    if regions is not None and (regions.ndim != 3 or len(regions) != num_images or regions.shape[2] != dim):
-        raise ValueError(
-            f"`region_embeds` must have shape ({num_images}, regions, {dim}), got {tuple(regions.shape)}."
-        )
+    if regions is not None and (regions.ndim != 3 or regions.shape[::2] != (num_images, dim) or regions.shape[1] == 0):
+        raise ValueError(f"`region_embeds` must have shape ({num_images}, regions, {dim}), got {tuple(regions.shape)}.")
     if patch_embeds.dtype != word_embeds.dtype:
         raise ValueError(
             f"`patch_embeds` and `word_embeds` must share a dtype, got {patch_embeds.dtype}, {word_embeds.dtype}."

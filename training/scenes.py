@@ -242,9 +242,8 @@ def _draw_objects(
     canvas = _draw_background(rng, image_size)
     boxes = []
     for (colour, shape), (x, y, radius) in zip(kinds, _place_discs(rng, len(kinds), image_size), strict=True):
-        rgb = np.array(COLOURS[colour], np.int16) + rng.integers(
-            -_COLOUR_JITTER, _COLOUR_JITTER + 1, 3, dtype=np.int16
-        )
+        jitter = rng.integers(-_COLOUR_JITTER, _COLOUR_JITTER + 1, 3, dtype=np.int16)
+        rgb = np.array(COLOURS[colour], np.int16) + jitter
         tilt = float(rng.random()) * 0.5 - 0.25
         boxes.append(_draw_shape(canvas, SHAPES[shape], rgb, x, y, radius, tilt))
     canvas += rng.integers(-4, 5, (image_size, image_size, 1), dtype=np.int16)

@@ -1,0 +1,295 @@
+"""The model card of a saved checkpoint, from the files that measured it and from nothing else.
+
+A card holds no figure of its own: training leaves `metrics.json` beside the checkpoint, evaluation `metrics-<split>.json`,
+and what no file carries is called not measured. `model_cards/template.md` holds the words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+DESCRIPTIONS = {
+    "grm": "Fine-grained image-text alignment after GRM (AAAI 2026): salient patches and words, regions as a mixture of "
+    "Gaussians, and a score that sums each word's best patch and each patch's best word on three levels.",
+    "chan": "Fine-grained image-text alignment after CHAN (CVPR 2023): each word counts with its best patch only.",
+    "max_mean": "Fine-grained image-text alignment by the bidirectional maximum: each word's best patch and each patch's "
+    "best word.",
+    "vse++": "Image-text retrieval after VSE++ (BMVC 2018): one pooled vector a picture and one a caption, a baseline "
+    "without alignment of words.",
+}
+PICTURES = {"learning_curve.png": "Loss and validation rSum by epoch", "demo.png": "Heat maps of the words of a caption"}
+_METRIC_TITLES = {"rsum": "rSum", "image_to_text": "Image to text", "text_to_image": "Text to image"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# An absolute path, one from the home folder, a Windows path or one that begins with a dot; not a URL, not `a/b`.
+_MACHINE_PATH = re.compile(
+    r"(?:\bfile://|(?<![\w.~/\\-]))(?:~[\w-]*|\.{1,2}|[A-Za-z]:)?[/\\](?!/)(?:[^\s/\\\"'`,;:)]+[/\\]*)+"
+)
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    *,
+    repo_id: str | None = None,
+    license: str = "apache-2.0",
+    datasets: Sequence[str] | None = None,
+    base_models: Sequence[str] | None = None,
+    data_notes: Sequence[str] | None = None,
+    template: str | None = None,
+) -> Path:
+    """
+    Writes `README.md` into the folder of a checkpoint, over the one that is there.
+
+    Reads `config.json`; `metrics.json` of training and every `metrics-<split>.json` of evaluation where they exist. Paths
+    in them are cut to their last name: a card tells nothing about the machine it was written on.
+
+    Args:
+        folder: a folder that `save_pretrained` wrote.
+        repo_id: name on the Hub, for the code that loads the model. Default: the name of the folder.
+        license: licence of the weights, as the Hub spells it.
+        datasets: ids of the training data on the Hub. Default: the recorded data set, if its name is such an id.
+        base_models: ids of the encoders on the Hub. Default: the recorded encoders whose names are such ids.
+        data_notes: sentences about the data, its licence above all. Default: `data_notes` of `metrics.json`.
+        template: text of another template. Default: `model_cards/template.md`.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: `config.json` is missing, a file is not readable or lacks what its kind must have, a figure is not a
+            finite number, or the template has a placeholder that nothing fills.
+    """
+    folder = Path(folder).resolve()
+    config = _read(folder / "config.json")
+    if config is None:
+        raise ValueError(f"`folder` must hold a config.json, {folder} has none. Save a model there with `save_pretrained`.")
+    training = _read(folder / "metrics.json") or {}
+    evaluations = [_read_evaluation(path) for path in sorted(folder.glob("metrics-*.json"))]
+    aligner = config.get("aligner", "grm")
+    encoders = [_encoder_name(name) for name in training.get("encoders", {}).values()]
+    datasets = [training.get("dataset", "")] if datasets is None else datasets
+    base_models = encoders if base_models is None else base_models
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["granalign", "image-text-retrieval", "image-text-alignment", aligner],
+        license=license,
+        datasets=_hub_ids(datasets),
+        base_model=_hub_ids(base_models),
+        model_name=folder.name,
+        eval_results=[result for evaluation in evaluations for result in _eval_results(evaluation)],
+    )
+    if not metadata.eval_results:  # the Hub refuses a model index without results
+        metadata.eval_results = metadata.model_name = None
+    values = {
+        "metadata": metadata.to_yaml(),
+        "model_name": folder.name,
+        "model_id": repo_id or folder.name,
+        "description": DESCRIPTIONS.get(aligner, f"Image-text alignment with the aligner `{aligner}`."),
+        "encoders": _encoder_section(config, training),
+        "results": _result_section(evaluations),
+        "training": _training_section(training, folder),
+        "data": _data_section(training, data_notes),
+        "notes": _bullets(training.get("notes", [])),
+    }
+    card = folder / "README.md"
+    card.write_text(_fill(template or _default_template(), values), encoding="utf-8")
+    return card
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file without machine paths; `None` if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Write it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return _without_paths(content)
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    content = _read(path) or {}
+    missing = [name for name in ("dataset", "split", "metrics") if not content.get(name)]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}. Write it with `training/evaluate.py`.")
+    return content
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    if isinstance(value, str):
+        return _MACHINE_PATH.sub(lambda match: _last_name(match.group()), " ".join(value.split()))
+    return value
+
+
+def _last_name(path: str) -> str:
+    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
+
+
+def _encoder_name(name: str) -> str:
+    """What a card calls an encoder: its id on the Hub, its Python package, or the last name of a local path."""
+    if name.startswith("package:"):
+        return name.removeprefix("package:").split("/")[0]
+    return name if _HUB_ID.fullmatch(name) and not Path(name).is_dir() else _last_name(name)
+
+
+def _hub_ids(names: Sequence[str]) -> list[str] | None:
+    return list(dict.fromkeys(name for name in names if _HUB_ID.fullmatch(name))) or None
+
+
+def _default_template() -> str:
+    return files("granalign_hf.model_cards").joinpath("template.md").read_text(encoding="utf-8")
+
+
+def _fill(template: str, values: dict[str, str]) -> str:
+    try:
+        return Template(template).substitute(values)
+    except KeyError as error:
+        raise ValueError(
+            f"The template has the placeholder ${error.args[0]}, which nothing fills; known are {', '.join(sorted(values))}."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"The template has a $ without a placeholder ({error}); write $$ for the sign itself.") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}. Measure it again before it goes into a card.")
+    return float(value)
+
+
+def _figure(value: Any, name: str) -> str:
+    """Recalls with one digit, as papers print them; anything else with four."""
+    number = _number(value, name)
+    return f"{number:.1f}" if name == "rsum" or re.search(r"_r\d+$", name) else f"{number:.4g}"
+
+
+def _metric_title(name: str) -> str:
+    for prefix, title in _METRIC_TITLES.items():
+        if name.startswith(prefix):
+            rest = re.sub(r"^r(?=\d+$)", "R@", name.removeprefix(prefix).strip("_")).replace("_", " ")
+            return f"{title}, {rest}" if rest else title
+    return name.replace("_", " ").capitalize()
+
+
+def _eval_results(evaluation: dict[str, Any]) -> Iterator[EvalResult]:
+    for name, value in evaluation["metrics"].items():
+        yield EvalResult(
+            task_type="image-text-retrieval",
+            task_name="Image-Text Retrieval",
+            dataset_type=evaluation["dataset"],
+            dataset_name=evaluation["dataset"],
+            dataset_split=evaluation["split"],
+            metric_type=name,
+            metric_name=_metric_title(name),
+            metric_value=round(_number(value, name), 2),
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _encoder_section(config: dict[str, Any], training: dict[str, Any]) -> str:
+    names = {}
+    for side in ("vision", "text"):
+        name = _encoder_name(training.get("encoders", {}).get(side, "not recorded"))
+        names[side] = f"{side} {name} ({config.get(f'{side}_config', {}).get('model_type', 'type not recorded')})"
+    return ", ".join(names.values())
+
+
+def _result_section(evaluations: Sequence[dict[str, Any]]) -> str:
+    if not evaluations:
+        return "Not measured: the checkpoint has no `metrics-<split>.json` of `training/evaluate.py`."
+    return "\n\n".join(_evaluation_section(evaluation) for evaluation in evaluations)
+
+
+def _evaluation_section(evaluation: dict[str, Any]) -> str:
+    intervals = evaluation.get("intervals", {})
+    rows = []
+    for name, value in evaluation["metrics"].items():
+        interval = " to ".join(_figure(bound, name) for bound in intervals.get(name, ()))
+        rows.append((_metric_title(name), _figure(value, name), interval or "not measured"))
+    parts = [
+        f"### {evaluation['dataset']}, {evaluation['split']}",
+        "Protocol: {protocol}. Images: {num_images}, captions: {num_captions}. Measured: {date}, `{command}`.".format_map(
+            {
+                name: evaluation.get(name, "not recorded")
+                for name in ("protocol", "num_images", "num_captions", "date", "command")
+            }
+        ),
+        _table(("metric", "value", "95 % interval"), rows),
+    ]
+    if evaluation.get("diagnostics"):
+        parts += ["How much saliency and regions were at work:", _metric_table(evaluation["diagnostics"])]
+    return "\n\n".join(parts)
+
+
+def _metric_table(metrics: dict[str, Any]) -> str:
+    return _table(("metric", "value"), [(_metric_title(name), _figure(value, name)) for name, value in metrics.items()])
+
+
+def _training_section(training: dict[str, Any], folder: Path) -> str:
+    if not training:
+        return "Not measured: the checkpoint has no `metrics.json` of `training/train.py`."
+    epochs = [record["epoch"] for record in training.get("history", []) if "epoch" in record]
+    versions = ", ".join(f"{name} {version}" for name, version in training.get("versions", {}).items())
+    rows = {
+        "recipe": training.get("recipe"),
+        "command": f"`{training['command']}`" if training.get("command") else None,
+        "seed": training.get("seed"),
+        "best epoch": f"{training.get('best_epoch')} of {max(epochs)}" if epochs else training.get("best_epoch"),
+        "frozen encoders": {True: "yes", False: "no"}.get(training.get("frozen_encoders")),
+        "hours": None if training.get("hours") is None else f"{_number(training['hours'], 'hours'):g}",
+        "hardware": training.get("hardware"),
+        "date": training.get("date"),
+        "versions": versions or None,
+    }
+    recorded = [(name, "not recorded" if value is None else value) for name, value in rows.items()]
+    parts = [_table(("setting", "value"), recorded)]
+    if training.get("validation"):
+        parts += ["On the validation split, at the best epoch:", _metric_table(training["validation"])]
+    parts += [f"![{title}]({name})" for name, title in PICTURES.items() if (folder / name).is_file()]
+    return "\n\n".join(parts)
+
+
+def _data_section(training: dict[str, Any], notes: Sequence[str] | None) -> str:
+    notes = training.get("data_notes", []) if notes is None else notes
+    if training:
+        used = (
+            f"Trained on {training.get('dataset', 'data without a recorded name')}, split "
+            f"{training.get('train_split', 'not recorded')}: {training.get('num_train_images', 'not recorded')} images with "
+            f"{training.get('num_train_captions', 'not recorded')} captions."
+        )
+    else:
+        used = "Not recorded: the checkpoint has no `metrics.json`."
+    return f"{used}\n\n{_bullets(notes) or 'No note on the licence of the data was recorded.'}"

@@ -1,0 +1,46 @@
+"""Shared by the numeric tests: random tokens of any shape."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+def _draw_tokens(
+    seed: int = 0,
+    *,
+    images: int = 3,
+    captions: int = 4,
+    patches: int = 6,
+    words: int = 5,
+    regions: int = 3,
+    dim: int = 4,
+    has_holes: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """Unit-length tokens, saliencies, regions and masks with at least one real token a row, as keyword arguments."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def unit(*shape: int) -> Tensor:
+        return nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
+
+    def mask(rows: int, length: int) -> Tensor:
+        values = torch.rand(rows, length, generator=generator) < (0.6 if has_holes else 2.0)
+        kept = torch.randint(length, (rows, 1), generator=generator)
+        return values.scatter(1, kept, True)
+
+    return {
+        "patch_embeds": unit(images, patches, dim),
+        "word_embeds": unit(captions, words, dim),
+        "word_mask": mask(captions, words),
+        "patch_mask": mask(images, patches),
+        "patch_saliency": torch.rand(images, patches, generator=generator, dtype=torch.float64).to(dtype),
+        "word_saliency": torch.rand(captions, words, generator=generator, dtype=torch.float64).to(dtype),
+        "region_embeds": unit(images, regions, dim) / 2,
+    }
+
+
+@pytest.fixture
+def draw_tokens() -> Callable[..., dict[str, Tensor]]:
+    return _draw_tokens

@@ -1,0 +1,214 @@
+"""Each aligner whole, with its own weights, against plain loops; and what all of them promise."""
+
+from types import SimpleNamespace
+
+import pytest
+import reference
+import torch
+from test_regions import loops as region_loops
+from test_saliency import loops as saliency_loops
+from torch import nn
+
+from granalign_hf.modeling.aligners import ALIGNERS
+from granalign_hf.modeling.configuration_granalign import POOLINGS, GranAlignConfig
+
+DIM = 4
+TOLERANCE = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+VARIANTS = [(name, pooling) for name, poolings in POOLINGS.items() for pooling in poolings]
+
+
+def build(name="grm", pooling="mean", dtype=torch.float64, **fields):
+    config = GranAlignConfig(aligner=name, pooling=pooling, projection_dim=DIM, num_regions=3, **fields)
+    torch.manual_seed(0)
+    aligner = ALIGNERS[name](config).to(dtype).eval()
+    for parameter in aligner.parameters():
+        nn.init.normal_(parameter)
+    return aligner
+
+
+def describe(aligner, tokens):
+    """What the model passes to `similarities`: the tokens of each side with the fields that the aligner adds."""
+    patches, words = (tokens["patch_embeds"], tokens["patch_mask"]), (tokens["word_embeds"], tokens["word_mask"])
+    image = SimpleNamespace(patch_embeds=patches[0], patch_mask=patches[1], **aligner.describe_image(*patches))
+    text = SimpleNamespace(word_embeds=words[0], word_mask=words[1], **aligner.describe_text(*words))
+    return image, text
+
+
+def real_part(values, mask):
+    return values.masked_fill(~mask, 0)
+
+
+# --- GRM ---
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("seed", range(3))
+def test_grm_equals_the_loops_from_tokens_to_loss(draw_tokens, seed, dtype, tolerance):
+    fields = {"saliency_temperature": 0.7, "region_logit_scale": 3.0, "level_weights": [0.5, 0.3, 0.2]}
+    fields |= {"reconstruction_weight": 0.05, "kl_weight": 0.002, "entropy_weight": -0.03}
+    aligner, tokens = build(dtype=dtype, **fields), draw_tokens(seed, dtype=dtype)
+    image, text = describe(aligner, tokens)
+    mask = tokens["patch_mask"]
+
+    patch_saliency = saliency_loops(aligner.patch_adapter, tokens["patch_embeds"])
+    word_saliency = saliency_loops(aligner.word_adapter, tokens["word_embeds"])
+    salient = torch.stack([reference.apply_saliency(*row) for row in zip(tokens["patch_embeds"], patch_saliency)])
+    regions = [region_loops(aligner.regions, *row) for row in zip(salient, mask)]
+    affinity, means, log_vars = (torch.stack([r[name] for r in regions]) for name in ("affinity", "means", "log_vars"))
+    saliencies = {"patch_saliency": patch_saliency, "word_saliency": word_saliency}
+    inputs = {name: tokens[name].double() for name in ("patch_embeds", "word_embeds")}
+    masks = {name: tokens[name] for name in ("patch_mask", "word_mask")}
+    levels = reference.level_similarities(**inputs, **masks, **saliencies, region_embeds=means)
+    expected = {
+        "reconstruction": (0.05, reference.reconstruction_loss(means, salient, mask)),
+        "kl": (0.002, reference.gaussian_kl(means, log_vars)),
+        "entropy": (-0.03, reference.region_entropy(affinity, mask)),
+    }
+
+    for value, wanted in (
+        (image.patch_saliency, real_part(patch_saliency, mask)),
+        (text.word_saliency, real_part(word_saliency, tokens["word_mask"])),
+        (image.region_means, means),
+        (image.region_log_vars, log_vars),
+        (aligner.similarities(image, text), levels),
+    ):
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.double(), wanted, rtol=0, atol=tolerance)
+    assert aligner.level_weights == (0.5, 0.3, 0.2)
+    assert aligner.level_names == ("contrastive_original", "contrastive_key", "contrastive_uncertain")
+    terms = aligner.regularisers(image)
+    assert {name: weight for name, (weight, _) in terms.items()} == {name: weight for name, (weight, _) in expected.items()}
+    for name, (_, value) in terms.items():
+        torch.testing.assert_close(value.double(), expected[name][1], rtol=0, atol=tolerance)
+
+
+def test_grm_is_deterministic_at_inference_and_noisy_in_training(draw_tokens):
+    aligner, tokens = build(), draw_tokens(3)
+    fields = ("patch_saliency", "region_embeds")
+    (first, first_text), (second, second_text) = describe(aligner, tokens), describe(aligner, tokens)
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in fields)
+    assert torch.equal(aligner.similarities(first, first_text), aligner.similarities(second, second_text))
+    aligner.train()
+    (first, first_text), (second, second_text) = describe(aligner, tokens), describe(aligner, tokens)
+    assert not any(torch.equal(getattr(first, name), getattr(second, name)) for name in fields)
+    assert not torch.equal(first_text.word_saliency, second_text.word_saliency)
+    key, uncertain = (aligner.similarities(first, first_text) != aligner.similarities(second, second_text))[1:]
+    assert key.any() and uncertain.any()
+
+
+def test_grm_trains_every_parameter(draw_tokens):
+    aligner = build().train()
+    image, text = describe(aligner, draw_tokens(4))
+    loss = aligner.similarities(image, text).sum() + sum(
+        weight * value for weight, value in aligner.regularisers(image).values()
+    )
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in aligner.parameters())
+
+
+# --- The baselines ---
+
+
+def pair_scores(name, pooling):
+    if name == "chan":
+        return lambda *pair: reference.chan_score(*pair, pooling=pooling)
+    if name == "vse++":
+        return lambda *pair: reference.vse_score(*pair, pooling=pooling)
+    return reference.bidirectional_similarity
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize(("name", "pooling"), [variant for variant in VARIANTS if variant[0] != "grm"])
+@pytest.mark.parametrize("seed", range(3))
+def test_baselines_equal_the_loops(draw_tokens, seed, name, pooling, dtype, tolerance):
+    aligner, tokens = build(name, pooling, dtype), draw_tokens(seed, dtype=dtype)
+    image, text = describe(aligner, tokens)
+    scores = aligner.similarities(image, text)
+    inputs = {key: tokens[key] for key in ("patch_embeds", "word_embeds", "word_mask", "patch_mask")}
+    expected = reference.score_all_pairs(pair_scores(name, pooling), **inputs)
+    assert scores.dtype == dtype
+    torch.testing.assert_close(scores.double(), expected[None], rtol=0, atol=tolerance)
+    assert list(aligner.parameters()) == [] and aligner.regularisers(image) == {}
+
+
+def test_max_pooling_ignores_padding_when_all_features_are_negative():
+    tokens = {
+        "patch_embeds": torch.tensor([[[-1.0, -2, 0, 0], [0, 0, 0, 0]]]),
+        "word_embeds": torch.tensor([[[-1.0, 0, -2, 0], [0, 0, 0, 0]]]),
+        "patch_mask": torch.tensor([[True, False]]),
+        "word_mask": torch.tensor([[True, False]]),
+    }
+    aligner = build("vse++", "max")
+    assert aligner.similarities(*describe(aligner, tokens)).item() == pytest.approx(1 / 5)
+
+
+# --- What all promise ---
+
+
+def test_every_aligner_has_its_poolings():
+    assert set(ALIGNERS) == set(POOLINGS) == {"grm", "max_mean", "chan", "vse++"}
+
+
+@pytest.mark.parametrize(("name", "pooling"), VARIANTS)
+def test_one_weight_and_one_name_a_level(draw_tokens, name, pooling):
+    aligner = build(name, pooling)
+    levels = aligner.similarities(*describe(aligner, draw_tokens(5)))
+    assert levels.shape == (len(aligner.level_weights), 3, 4) and len(aligner.level_names) == len(levels)
+    assert sum(aligner.level_weights) == pytest.approx(1)
+
+
+def run(aligner, tokens):
+    """Scores, gradients of the tokens and of the weights, for a loss of all levels and regularisers."""
+    tokens = {key: t.clone().requires_grad_(key.endswith("embeds")) for key, t in tokens.items()}
+    aligner.zero_grad()
+    torch.manual_seed(0)
+    image, text = describe(aligner, tokens)
+    levels = aligner.similarities(image, text)
+    loss = (levels + levels**2).sum() + sum(value for _, value in aligner.regularisers(image).values())
+    loss.backward()
+    weights = [parameter.grad for parameter in aligner.parameters()]
+    return levels.detach(), tokens["patch_embeds"].grad, tokens["word_embeds"].grad, loss.detach(), *weights
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("garbage", [float("nan"), 1e30])
+@pytest.mark.parametrize(("name", "pooling"), VARIANTS)
+def test_what_stands_under_the_mask_has_no_effect(draw_tokens, name, pooling, garbage, is_training):
+    aligner, tokens = build(name, pooling).train(is_training), draw_tokens(6)
+    dirty = dict(tokens)
+    for side in ("patch", "word"):
+        dirty[f"{side}_embeds"] = tokens[f"{side}_embeds"].masked_fill(~tokens[f"{side}_mask"][..., None], garbage)
+    clean, dirty = run(aligner, tokens), run(aligner, dirty)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("garbage", [0.5, float("nan")])
+@pytest.mark.parametrize(("name", "pooling"), VARIANTS)
+def test_an_empty_image_or_caption_scores_0_and_gets_no_gradient(draw_tokens, name, pooling, garbage, is_training):
+    aligner, tokens = build(name, pooling, torch.float32).train(is_training), draw_tokens(7, dtype=torch.float32)
+    tokens["patch_mask"][1] = tokens["word_mask"][2] = False
+    tokens["patch_embeds"][1] = tokens["word_embeds"][2] = garbage
+    levels, *grads = run(aligner, tokens)
+    assert not levels[:, 1].any() and not levels[..., 2].any() and levels[:, 0, 0].all()
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][1].any() and not grads[1][2].any() and grads[0].any() and grads[1].any()
+
+
+@pytest.mark.parametrize(("name", "pooling"), VARIANTS)
+def test_scores_of_the_same_features_are_the_same_under_autocast(draw_tokens, name, pooling):
+    aligner = build(name, pooling, torch.float32)
+    image, text = describe(aligner, draw_tokens(8, dtype=torch.float32))
+    levels, terms = aligner.similarities(image, text), aligner.regularisers(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast_levels, cast_terms = aligner.similarities(image, text), aligner.regularisers(image)
+    assert cast_levels.dtype == torch.float32 and torch.equal(cast_levels, levels)
+    assert all(torch.equal(cast_terms[name][1], value) for name, (_, value) in terms.items())
+
+
+@pytest.mark.parametrize(("name", "pooling"), VARIANTS)
+def test_scores_do_not_depend_on_the_batch(draw_tokens, name, pooling):
+    aligner, tokens = build(name, pooling), draw_tokens(9)
+    levels = aligner.similarities(*describe(aligner, tokens))
+    one = {key: t[1:2] for key, t in tokens.items()}
+    torch.testing.assert_close(aligner.similarities(*describe(aligner, one)), levels[:, 1:2, 1:2], rtol=0, atol=1e-12)

@@ -1,0 +1,152 @@
+"""A saved folder, loaded by someone else: a fresh process, with this package and without it; scores bit-equal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model, tiny_processor
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
+
+from granalign_hf import GranAlignModel, GranAlignProcessor
+
+CAPTIONS = ["a red dog", "a blue circle and the green square on a cat", "dogs"]
+CODE = {path.name for path in (Path(__file__).parents[1] / "modeling").glob("*.py")} - {"__init__.py"}
+
+WITHOUT_PACKAGE = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "granalign_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+code = {"trust_remote_code": True}
+home = "transformers_modules."
+"""
+WITH_PACKAGE = """
+import granalign_hf
+code = {}
+home = "granalign_hf.modeling."
+"""
+LOAD = """
+import warnings
+warnings.simplefilter("error")
+import torch, sys
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
+
+folder, out, captions = sys.argv[1], sys.argv[2], sys.argv[3:]
+config = AutoConfig.from_pretrained(folder, **code)
+model = AutoModel.from_pretrained(folder, **code)
+zero_shot = AutoModelForZeroShotImageClassification.from_pretrained(folder, **code)
+processor = AutoProcessor.from_pretrained(folder, **code)
+classes = {type(thing).__name__: type(thing).__module__ for thing in (config, model, zero_shot, processor)}
+assert sorted(classes) == ["GranAlignConfig", "GranAlignModel", "GranAlignProcessor"], classes
+assert all(module.startswith(home) for module in classes.values()), classes
+image = Image.open(f"{folder}/image.png")
+inputs = processor(images=image, text=captions, return_tensors="pt")
+with torch.no_grad():
+    scores = [m(**inputs).logits_per_image for m in (model, zero_shot)]
+pipe = pipeline("zero-shot-image-classification", model=folder, **code)
+answers = pipe(f"{folder}/image.png", candidate_labels=captions, hypothesis_template="{}")
+model.save_pretrained(f"{out}/again")
+processor.save_pretrained(f"{out}/again")
+again = AutoModel.from_pretrained(f"{out}/again", **code)
+with torch.no_grad():
+    scores.append(again(**inputs).logits_per_image)
+torch.save((scores, answers), f"{out}/answers.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A complete checkpoint, and beside it the image and the scores that it gave before it was saved."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model, processor = tiny_model(), tiny_processor()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    noise = torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.numpy())
+    with torch.no_grad():
+        scores = model(**processor(images=image, text=CAPTIONS, return_tensors="pt")).logits_per_image
+    torch.save(scores, folder / "scores.pt")
+    image.save(folder / "image.png")
+    return folder
+
+
+def test_the_saved_folder_is_complete(folder):
+    files = {path.name for path in folder.iterdir()} - {"image.png", "scores.pt"}
+    assert files == CODE | {
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["GranAlignModel"]
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_granalign.GranAlignConfig",
+        "AutoModel": "modeling_granalign.GranAlignModel",
+        "AutoModelForZeroShotImageClassification": "modeling_granalign.GranAlignModel",
+    }
+    processor = json.loads((folder / "processor_config.json").read_text())
+    assert processor["auto_map"] == {"AutoProcessor": "processing_granalign.GranAlignProcessor"}
+
+
+def test_saved_code_is_the_code(folder):
+    for name in CODE:
+        assert (folder / name).read_bytes() == (Path(__file__).parents[1] / "modeling" / name).read_bytes()
+
+
+@pytest.mark.parametrize("start", [WITH_PACKAGE, WITHOUT_PACKAGE], ids=["with the package", "without the package"])
+def test_loaded_in_a_fresh_process(folder, tmp_path, start):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", start + LOAD, str(folder), str(tmp_path), *CAPTIONS]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    if start is WITH_PACKAGE:
+        assert "is not supported for" not in run.stderr
+    scores, answers = torch.load(tmp_path / "answers.pt")
+    expected = torch.load(folder / "scores.pt")
+    assert [torch.equal(one, expected) for one in scores] == [True, True, True]
+    probabilities = expected.softmax(1)[0]
+    order = probabilities.argsort(descending=True).tolist()
+    assert [answer["label"] for answer in answers] == [CAPTIONS[number] for number in order]
+    assert [answer["score"] for answer in answers] == pytest.approx(probabilities[order].tolist(), abs=1e-6)
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == CODE
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["auto_map"] == json.loads((folder / "config.json").read_text())["auto_map"]
+
+
+def test_remote_code_is_not_run_unasked(folder, tmp_path):
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    start = WITHOUT_PACKAGE.replace('{"trust_remote_code": True}', '{"trust_remote_code": False}')
+    command = [sys.executable, "-c", start + LOAD, str(folder), str(tmp_path), *CAPTIONS]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode != 0
+    assert "trust_remote_code=True" in run.stderr
+
+
+def test_auto_classes_and_pipeline_in_this_process(folder):
+    assert type(AutoModel.from_pretrained(folder)) is GranAlignModel
+    model = AutoModelForZeroShotImageClassification.from_pretrained(folder)
+    assert type(model) is GranAlignModel
+    processor = AutoProcessor.from_pretrained(folder)
+    assert type(processor) is GranAlignProcessor
+    pipe = pipeline(
+        "zero-shot-image-classification",
+        model=model,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+    )
+    images = [str(folder / "image.png")] * 2
+    answers = pipe(images, candidate_labels=CAPTIONS[:1])
+    assert [[answer["label"] for answer in one] for one in answers] == [CAPTIONS[:1]] * 2
