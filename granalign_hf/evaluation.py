@@ -1,4 +1,4 @@
-"""Figures from scores: retrieval recall with its sampling error, folds, and the pointing game.
+"""Figures from scores: retrieval recall with its sampling error, and folds.
 
 Arrays in (numpy, or torch tensors), numbers out; this file knows no model and imports nothing but numpy, because
 `image_text_recall.py` takes a copy of it along when the `evaluate` library loads it without this package.
@@ -58,7 +58,7 @@ class RankAccumulator:
 
     def __init__(self, own_scores: Any, caption_image_index: Any, num_images: int):
         self._index = _check_caption_image_index(caption_image_index, num_images)
-        self._own_scores = _to_scores(own_scores, "own_scores", ndim=1)
+        self._own_scores = to_scores(own_scores, "own_scores", ndim=1)
         if len(self._own_scores) != len(self._index):
             raise ValueError(
                 f"`own_scores` must have one score for each of the {len(self._index)} captions of "
@@ -82,7 +82,7 @@ class RankAccumulator:
             ValueError: if the block has another shape, reaches outside the gallery, repeats an image, holds a NaN, or
                 contradicts `own_scores`.
         """
-        block = _to_scores(scores, "scores", ndim=2)
+        block = to_scores(scores, "scores", ndim=2)
         num_images, num_captions = len(self._image_to_text), len(self._index)
         images = slice(first_image, first_image + len(block))
         if block.shape[1] != num_captions or not 0 <= images.start <= images.stop <= num_images:
@@ -134,7 +134,7 @@ def retrieval_ranks(scores: Any, caption_image_index: Any, block_size: int | Non
     Raises:
         ValueError: if a shape does not fit, an image has no caption, an index is out of range, or a score is NaN.
     """
-    scores = _to_array(scores, "scores")
+    scores = to_array(scores, "scores")
     if scores.ndim != 2:
         raise ValueError(f"`scores` must have shape (num_images, num_captions), got {scores.shape}.")
     num_images, num_captions = scores.shape
@@ -174,7 +174,7 @@ def fold_ranks(scores: Any, caption_image_index: Any, num_folds: int) -> list[Re
     Args and errors as `retrieval_ranks`; also a ValueError if the images do not divide into `num_folds` equal folds,
     since recall in galleries of different sizes has no meaningful mean.
     """
-    scores = _to_array(scores, "scores")
+    scores = to_array(scores, "scores")
     if num_folds < 1 or len(scores) % num_folds:
         raise ValueError(f"`num_folds` must divide the number of images, got {num_folds} for {len(scores)} images.")
     index = _check_caption_image_index(caption_image_index, len(scores))
@@ -221,7 +221,7 @@ def bootstrap_interval(
         name of the metric (`RECALL_NAMES`, "rsum") -> (low, high), in percent.
     """
     samples = _resampled_recalls(_as_folds(ranks), num_samples, seed)
-    low, high = _quantiles(samples, confidence)
+    low, high = quantiles(samples, confidence)
     return {name: (float(low[m]), float(high[m])) for m, name in enumerate((*RECALL_NAMES, "rsum"))}
 
 
@@ -249,7 +249,7 @@ def paired_bootstrap(
         raise ValueError("`first` and `second` must rank the same images and captions in the same order and folds.")
     difference = _mean_recalls(first) - _mean_recalls(second)
     samples = _resampled_recalls(first, num_samples, seed) - _resampled_recalls(second, num_samples, seed)
-    low, high = _quantiles(samples, confidence)
+    low, high = quantiles(samples, confidence)
     one_sided = 1 + np.minimum((samples <= 0).sum(axis=0), (samples >= 0).sum(axis=0))
     p_value = np.minimum(1.0, 2.0 * one_sided / (num_samples + 1))
     return {
@@ -287,10 +287,10 @@ def _mean_recalls(folds: list[RetrievalRanks]) -> np.ndarray:
 def _resampled_recalls(folds: list[RetrievalRanks], num_samples: int, seed: int) -> np.ndarray:
     """(num_samples, 7); equal seeds and gallery sizes give the same draws, which is what makes a pair comparable."""
     rng = np.random.default_rng(seed)
-    return np.mean([_recalls(_resampled_sums(_count_hits(ranks), num_samples, rng)) for ranks in folds], axis=0)
+    return np.mean([_recalls(resampled_sums(_count_hits(ranks), num_samples, rng)) for ranks in folds], axis=0)
 
 
-def _resampled_sums(counts: np.ndarray, num_samples: int, rng: np.random.Generator) -> np.ndarray:
+def resampled_sums(counts: np.ndarray, num_samples: int, rng: np.random.Generator) -> np.ndarray:
     """Sums of (num_units, ...) over units drawn with replacement -> (num_samples, ...)."""
     flat = counts.reshape(len(counts), -1)
     sums = [draws @ flat for draws in _draw_units(len(counts), num_samples, rng)]
@@ -306,128 +306,16 @@ def _draw_units(num_units: int, num_samples: int, rng: np.random.Generator) -> I
         yield np.bincount(drawn.ravel(), minlength=n * num_units).reshape(n, num_units).astype(np.float64)
 
 
-def _quantiles(samples: np.ndarray, confidence: float) -> np.ndarray:
+def quantiles(samples: np.ndarray, confidence: float) -> np.ndarray:
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must lie between 0 and 1, got {confidence}. Pass 0.95 for a 95 % interval.")
     return np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
 
 
-# ------------------------------------------------------------------------------------------------------- pointing game
-
-
-@dataclass(frozen=True)
-class PointingHits:
-    """Per phrase, in phrase order, each (num_phrases,) float64 in [0, 1].
-
-    Attributes:
-        hit: 1 if the centre of the highest patch lies in a box of the phrase, else 0; the mean over tied patches.
-        random_patch: the share of patch centres that lie in a box: what a patch drawn at random would score.
-        image_center: 1 if the centre of the image lies in a box, else 0.
-    """
-
-    hit: np.ndarray
-    random_patch: np.ndarray
-    image_center: np.ndarray
-
-
-class GroupAccuracy(NamedTuple):
-    """Mean of a group in percent with its bootstrap interval over images, and how many phrases it has."""
-
-    accuracy: float
-    low: float
-    high: float
-    num_phrases: int
-
-
-def patch_centers(grid: tuple[int, int], image_size: tuple[float, float]) -> np.ndarray:
-    """Patch centres (rows, columns, 2) of a grid (rows, columns), as (x, y) in pixels of an image (height, width)."""
-    (rows, columns), (height, width) = grid, image_size
-    y, x = (np.arange(rows) + 0.5) * height / rows, (np.arange(columns) + 0.5) * width / columns
-    return np.stack(np.meshgrid(x, y), axis=-1)
-
-
-def points_in_boxes(points: Any, boxes: Any) -> np.ndarray:
-    """Whether points (..., 2) as (x, y) lie in any of the boxes (num_boxes, 4) [x0, y0, x1, y1], end exclusive."""
-    points, boxes = np.asarray(points)[..., None, :], np.asarray(boxes)
-    return ((points >= boxes[:, :2]) & (points < boxes[:, 2:])).all(axis=-1).any(axis=-1)
-
-
-def pointing_game(maps: Sequence[Any], boxes: Sequence[Any], image_sizes: Any) -> PointingHits:
-    """The pointing game (Zhang et al., ECCV 2016) on patch grids: does the highest patch of a phrase lie in its boxes?
-
-    A map with several equal maxima scores the mean over them, its expected hit under a random choice, so that a
-    constant map scores exactly as a random patch.
-
-    Args:
-        maps: per phrase a map (rows, columns), of any grid, rectangular too.
-        boxes: per phrase at least one box, (num_boxes, 4) [x0, y0, x1, y1] in pixels of the image, end exclusive.
-        image_sizes: (num_phrases, 2) the (height, width) of each phrase's image in the pixels of the boxes, or one
-            pair for all.
-
-    Raises:
-        ValueError: if the counts differ, a map is not 2-D, empty or has a NaN, a phrase has no box, or a box is empty.
-    """
-    if len(maps) != len(boxes):
-        raise ValueError(f"`maps` and `boxes` must have one entry for each phrase, got {len(maps)} and {len(boxes)}.")
-    sizes = _check_image_sizes(image_sizes, len(maps))
-    hits = np.zeros((3, len(maps)))
-    for n, size in enumerate(sizes):
-        phrase_map, phrase_boxes = _to_map(maps[n], n), _to_boxes(boxes[n], n)
-        inside = points_in_boxes(patch_centers(phrase_map.shape, size), phrase_boxes)
-        center = points_in_boxes(size[::-1] / 2, phrase_boxes)
-        hits[:, n] = inside[phrase_map == phrase_map.max()].mean(), inside.mean(), center
-    return PointingHits(*hits)
-
-
-def summarize_hits(
-    hits: Any,
-    image_index: Sequence[Any],
-    groups: Sequence[str | Sequence[str]] | None = None,
-    num_samples: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> dict[str, GroupAccuracy]:
-    """Accuracy of all phrases ("all", first) and of each group (sorted), with an interval over images.
-
-    Images that have a phrase of the group are drawn with replacement, with all their phrases of that group.
-
-    Args:
-        hits: (num_phrases,) in [0, 1], one of the arrays of `PointingHits`.
-        image_index: per phrase the image it belongs to: an index, a name, anything that can be sorted.
-        groups: per phrase the name of its group, or several names: the phrase then counts in each.
-        num_samples, seed, confidence: as `bootstrap_interval`.
-
-    Raises:
-        ValueError: if there are no phrases, the lengths differ, or a group is called "all".
-    """
-    hits = _to_scores(hits, "hits", ndim=1)
-    groups = [()] * len(hits) if groups is None else groups
-    if not len(hits) == len(image_index) == len(groups) or len(hits) == 0:
-        raise ValueError(
-            "`hits`, `image_index` and `groups` must have one entry for each phrase and at least one phrase, got "
-            f"{len(hits)}, {len(image_index)} and {len(groups)}."
-        )
-    members: dict[str, list[int]] = {}
-    for phrase, names in enumerate(groups):
-        for name in {names} if isinstance(names, str) else set(names):
-            members.setdefault(name, []).append(phrase)
-    if "all" in members:
-        raise ValueError('`groups` must not hold the name "all", which stands for all phrases; rename that group.')
-    image = np.unique(np.asarray(image_index), return_inverse=True)[1]
-    summary = {}
-    for name, phrases in [("all", list(range(len(hits)))), *sorted(members.items())]:
-        own_image = np.unique(image[phrases], return_inverse=True)[1]
-        counts = np.stack([np.bincount(own_image, weights=hits[phrases]), np.bincount(own_image)], axis=1)
-        sums = _resampled_sums(counts, num_samples, np.random.default_rng(seed))
-        low, high = _quantiles(100.0 * sums[:, 0] / sums[:, 1], confidence)
-        summary[name] = GroupAccuracy(float(100.0 * hits[phrases].mean()), float(low), float(high), len(phrases))
-    return summary
-
-
 # -------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _to_array(values: Any, name: str) -> np.ndarray:
+def to_array(values: Any, name: str) -> np.ndarray:
     if hasattr(values, "detach"):  # a torch tensor, on any device, told without importing torch
         values = values.detach().cpu()
         values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()  # numpy has no bfloat16
@@ -437,8 +325,8 @@ def _to_array(values: Any, name: str) -> np.ndarray:
         raise ValueError(f"`{name}` must be rectangular, but its rows have different lengths.") from error
 
 
-def _to_scores(values: Any, name: str, ndim: int) -> np.ndarray:
-    scores = _to_array(values, name)
+def to_scores(values: Any, name: str, ndim: int) -> np.ndarray:
+    scores = to_array(values, name)
     if scores.ndim != ndim or scores.dtype.kind not in "fiu":
         raise ValueError(f"`{name}` must be {ndim}-D and real, got shape {scores.shape} of type {scores.dtype}.")
     is_nan = np.isnan(scores)
@@ -452,7 +340,7 @@ def _to_scores(values: Any, name: str, ndim: int) -> np.ndarray:
 
 
 def _check_caption_image_index(caption_image_index: Any, num_images: int) -> np.ndarray:
-    index = _to_array(caption_image_index, "caption_image_index")
+    index = to_array(caption_image_index, "caption_image_index")
     if num_images < 1 or index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
         raise ValueError(
             "`caption_image_index` must be a 1-D array of integers, the image of each caption, for at least one image "
@@ -470,32 +358,3 @@ def _check_caption_image_index(caption_image_index: Any, num_images: int) -> np.
             f"{without[0]}; an image without captions cannot be ranked, leave it out of the gallery."
         )
     return index
-
-
-def _check_image_sizes(image_sizes: Any, num_phrases: int) -> np.ndarray:
-    sizes = _to_array(image_sizes, "image_sizes").astype(np.float64)
-    if sizes.shape not in ((2,), (num_phrases, 2)) or not (sizes > 0).all():
-        raise ValueError(
-            f"`image_sizes` must be (height, width) in pixels, one pair for all or ({num_phrases}, 2), all positive; "
-            f"got shape {sizes.shape}{f' with minimum {sizes.min()}' if sizes.size else ''}."
-        )
-    return np.broadcast_to(sizes, (num_phrases, 2))
-
-
-def _to_map(values: Any, phrase: int) -> np.ndarray:
-    phrase_map = _to_scores(values, f"maps[{phrase}]", ndim=2)
-    if phrase_map.size == 0:
-        raise ValueError(f"`maps[{phrase}]` must have at least one patch, got shape {phrase_map.shape}.")
-    return phrase_map
-
-
-def _to_boxes(values: Any, phrase: int) -> np.ndarray:
-    boxes = _to_array(values, f"boxes[{phrase}]")
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) == 0:
-        raise ValueError(
-            f"`boxes[{phrase}]` must have shape (num_boxes, 4) with at least one box, got {boxes.shape}; leave out "
-            "phrases without boxes."
-        )
-    if not (boxes[:, :2] < boxes[:, 2:]).all():
-        raise ValueError(f"`boxes[{phrase}]` must be [x0, y0, x1, y1] with x0 < x1 and y0 < y1, got {boxes.tolist()}.")
-    return boxes

@@ -268,7 +268,7 @@ def _training_section(training: dict[str, Any], folder: Path) -> str:
         "command": f"`{training['command']}`" if training.get("command") else None,
         "seed": training.get("seed"),
         "best epoch": f"{training.get('best_epoch')} of {max(epochs)}" if epochs else training.get("best_epoch"),
-        "frozen encoders": {True: "yes", False: "no"}.get(training.get("frozen_encoders")),
+        "frozen encoders": None if "frozen_encoders" not in training else "yes" if training["frozen_encoders"] else "no",
         "hours": None if training.get("hours") is None else f"{_number(training['hours'], 'hours'):g}",
         "hardware": training.get("hardware"),
         "date": training.get("date"),

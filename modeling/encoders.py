@@ -38,6 +38,7 @@ _POOLING_PARAMETERS = {
 _OFFSET_POSITIONS = ("camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta")
 # Vision encoders with a table of positions, which they stretch to another image size only when told to.
 _FIXED_POSITIONS = ("clip_vision_model", "deit", "siglip_vision_model", "vit")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 _HIERARCHICAL = ("swin", "swinv2")  # token encoders that merge patches and pad odd grids
 
 
@@ -168,12 +169,15 @@ def load_encoder(name_or_path: str, side: str, config: PreTrainedConfig | None =
 
     Args:
         side: `"vision_config"` or `"text_config"`: the side to take of a two-sided model.
-        config: instead of the one at the path. kwargs: go to `AutoModel.from_pretrained`.
+        config: instead of the one at the path. kwargs: fields of it; all others go to `AutoModel.from_pretrained`.
 
     Raises:
         ValueError: none of the encoder's weights is there.
     """
-    config = side_config(name_or_path, side) if config is None else config
+    if config is None:
+        config = side_config(name_or_path, side, **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
+    for name in [name for name in kwargs if hasattr(config, name) and name != "dtype"]:
+        setattr(config, name, kwargs.pop(name))
     encoder, report = AutoModel.from_pretrained(
         name_or_path, config=config, output_loading_info=True, **_without_pooler(config), **kwargs
     )
@@ -183,13 +187,13 @@ def load_encoder(name_or_path: str, side: str, config: PreTrainedConfig | None =
             "checkpoint of the encoder itself."
         )
     if os.path.isdir(name_or_path):  # the name of the folder stays, its place on this machine does not
-        config._name_or_path = os.path.basename(os.path.abspath(name_or_path))
+        encoder.config._name_or_path = os.path.basename(os.path.abspath(name_or_path))
     return encoder
 
 
-def side_config(name_or_path: str, side: str) -> PreTrainedConfig:
+def side_config(name_or_path: str, side: str, **kwargs) -> PreTrainedConfig:
     """The config at a path, or the given side (`"vision_config"` or `"text_config"`) of a two-sided one."""
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     return getattr(config, side, config)
 
 

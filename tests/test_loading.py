@@ -126,15 +126,6 @@ def test_loaded_in_a_fresh_process(folder, tmp_path, start):
     assert again["auto_map"] == json.loads((folder / "config.json").read_text())["auto_map"]
 
 
-def test_remote_code_is_not_run_unasked(folder, tmp_path):
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    start = WITHOUT_PACKAGE.replace('{"trust_remote_code": True}', '{"trust_remote_code": False}')
-    command = [sys.executable, "-c", start + LOAD, str(folder), str(tmp_path), *CAPTIONS]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert run.returncode != 0
-    assert "trust_remote_code=True" in run.stderr
-
-
 def test_auto_classes_and_pipeline_in_this_process(folder):
     assert type(AutoModel.from_pretrained(folder)) is GranAlignModel
     model = AutoModelForZeroShotImageClassification.from_pretrained(folder)

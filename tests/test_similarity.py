@@ -299,6 +299,9 @@ def test_torch_compile(draw_tokens):
     (score(compiled) / 2).sum().backward()
     for name in FLOAT_INPUTS:
         assert torch.equal(compiled[name].grad, eager[name].grad)
+    compiled["word_mask"] = draw_tokens(17)["word_mask"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(score(compiled), 2 * token_similarity(**compiled))
 
 
 # --- The exact facts of the method ---

@@ -16,7 +16,7 @@ from granalign_hf.modeling.configuration_granalign import GranAlignConfig
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo-scenes.yaml"
 
 
-def _setting(default, description: str):
+def setting(default, description: str):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": description})
     return field(default=default, metadata={"help": description})
@@ -26,47 +26,50 @@ def _setting(default, description: str):
 class RunArguments:
     """Everything of a run that is not a field of the model's config."""
 
-    dataset: str = _setting("scenes", "Hub name or folder of a data set; `scenes` draws one.")
-    dataset_config: str | None = _setting(None, "Configuration of the data set, where it has several.")
-    train_split: str = _setting("train", "Split to train on.")
-    validation_split: str = _setting("validation", "Split that selects the best epoch.")
-    image_column: str | None = _setting(None, "Column of the image. Default: the first image column.")
-    caption_column: str | None = _setting(None, "Column of the caption or captions. Default: found by name.")
-    image_id_column: str | None = _setting(None, "Column that names the image. Default: found by name.")
-    max_train_images: int | None = _setting(None, "Train on the first images only.")
-    max_eval_images: int | None = _setting(None, "Validate on the first images only.")
-    num_scenes: int = _setting(4000, "Number of training scenes, where `dataset` is `scenes`.")
+    dataset: str = setting("scenes", "Hub name or folder of a data set; `scenes` draws one.")
+    dataset_config: str | None = setting(None, "Configuration of the data set, where it has several.")
+    train_split: str = setting("train", "Split to train on.")
+    validation_split: str = setting("validation", "Split that selects the best epoch.")
+    image_column: str | None = setting(None, "Column of the image. Default: the first image column.")
+    caption_column: str | None = setting(None, "Column of the caption or captions. Default: found by name.")
+    image_id_column: str | None = setting(None, "Column that names the image. Default: found by name.")
+    max_train_images: int | None = setting(None, "Train on the first images only.")
+    max_eval_images: int | None = setting(None, "Validate on the first images only.")
+    num_scenes: int = setting(4000, "Number of training scenes, where `dataset` is `scenes`.")
 
-    vision_encoder: str | None = _setting(None, "Hub name, folder, or `package:NAME/FOLDER` of an installed package.")
-    text_encoder: str | None = _setting(None, "Likewise.")
-    vision_config: str | None = _setting(None, "Config of a vision encoder to train from scratch (JSON; a mapping in a recipe).")
-    text_config: str | None = _setting(None, "Config of a text encoder to train from scratch (JSON; a mapping in a recipe).")
-    freeze_encoders: bool = _setting(False, "Train projections and aligner only, on cached features.")
+    checkpoint: str | None = setting(None, "Start from this GranAlign checkpoint; names its encoders and its new layers.")
+    vision_encoder: str | None = setting(None, "Hub name, folder, or `package:NAME/FOLDER` of an installed package.")
+    text_encoder: str | None = setting(None, "Likewise.")
+    vision_config: str | None = setting(
+        None, "Config of a vision encoder to train from scratch (JSON; a mapping in a recipe)."
+    )
+    text_config: str | None = setting(None, "Config of a text encoder to train from scratch (JSON; a mapping in a recipe).")
+    freeze_encoders: bool = setting(False, "Train projections and aligner only, on cached features.")
 
-    output_dir: str = _setting("runs/demo-scenes", "Folder of the checkpoint, metrics and logs.")
-    seed: int = _setting(0, "Seed of weights, order, noise and augmentation.")
-    epochs: int = _setting(30, "Passes over the training images.")
-    batch_size: int = _setting(128, "Images per process and step.")
-    captions_per_image: int = _setting(1, "Captions drawn for each image of a batch; 0 takes all.")
-    learning_rate: float = _setting(2e-4, "Learning rate of projections and aligner.")
-    encoder_lr_factor: float = _setting(0.1, "Factor on the learning rate for the encoders.")
-    lr_scheduler: str = _setting("multistep", "`multistep`, or a scheduler name of Transformers such as `cosine`.")
-    lr_milestones: list[int] = _setting([9, 15, 20, 25], "Epochs after which `multistep` lowers the learning rate.")
-    lr_gamma: float = _setting(0.3, "Factor of each `multistep` drop.")
-    lr_warmup_share: float = _setting(0.0, "Share of the steps that the other schedulers warm up for.")
-    weight_decay: float = _setting(1e-4, "Weight decay of matrices.")
-    max_grad_norm: float = _setting(2.0, "Gradient norm above which gradients are scaled down.")
-    warmup_epochs: int = _setting(1, "Epochs over all negatives before hardest negatives.")
-    crop_scale: float = _setting(0.6, "Smallest share of an image that a random crop keeps; 1 switches crop and flip off.")
-    caption_augmentation: float = _setting(0.2, "Share of the caption tokens that are masked, replaced or deleted.")
+    output_dir: str = setting("runs/demo-scenes", "Folder of the checkpoint, metrics and logs.")
+    seed: int = setting(0, "Seed of weights, order, noise and augmentation.")
+    epochs: int = setting(30, "Passes over the training images.")
+    batch_size: int = setting(128, "Images per process and step.")
+    captions_per_image: int = setting(1, "Captions drawn for each image of a batch; 0 takes all.")
+    learning_rate: float = setting(2e-4, "Learning rate of projections and aligner.")
+    encoder_lr_factor: float = setting(0.1, "Factor on the learning rate for the encoders.")
+    lr_scheduler: str = setting("multistep", "`multistep`, or a scheduler name of Transformers such as `cosine`.")
+    lr_milestones: list[int] = setting([9, 15, 20, 25], "Epochs after which `multistep` lowers the learning rate.")
+    lr_gamma: float = setting(0.3, "Factor of each `multistep` drop.")
+    lr_warmup_share: float = setting(0.0, "Share of the steps that the other schedulers warm up for.")
+    weight_decay: float = setting(1e-4, "Weight decay of matrices.")
+    max_grad_norm: float = setting(2.0, "Gradient norm above which gradients are scaled down.")
+    warmup_epochs: int = setting(1, "Epochs over all negatives before hardest negatives.")
+    crop_scale: float = setting(0.6, "Smallest share of an image that a random crop keeps; 1 switches crop and flip off.")
+    caption_augmentation: float = setting(0.2, "Share of the caption tokens that are masked, replaced or deleted.")
 
-    mixed_precision: str = _setting("no", "`no`, `bf16` or `fp16`.")
-    matmul_precision: str = _setting("highest", "float32 products: `highest`, `high` or `medium` (see torch).")
-    num_workers: int = _setting(0, "Processes that load data.")
-    eval_batch_size: int = _setting(64, "Images per step in validation.")
-    eval_interval: int = _setting(1, "Epochs between validations.")
-    report_to: str = _setting("tensorboard", "An Accelerate tracker, or `none`.")
-    resume: bool = _setting(False, "Go on from the last complete epoch in `output_dir`.")
+    mixed_precision: str = setting("no", "`no`, `bf16` or `fp16`.")
+    matmul_precision: str = setting("highest", "float32 products: `highest`, `high` or `medium` (see torch).")
+    num_workers: int = setting(0, "Processes that load data.")
+    eval_batch_size: int = setting(64, "Images per step in validation.")
+    eval_interval: int = setting(1, "Epochs between validations.")
+    report_to: str = setting("tensorboard", "An Accelerate tracker, or `none`.")
+    resume: bool = setting(False, "Go on from the last complete epoch in `output_dir`.")
 
 
 def _model_arguments() -> type:
@@ -77,7 +80,9 @@ def _model_arguments() -> type:
         if default is None:  # encoders, and what follows from them
             continue
         kind = list[float] if isinstance(default, tuple) else type(default)
-        fields.append((name, kind, _setting(list(default) if isinstance(default, tuple) else default, "See GranAlignConfig.")))
+        fields.append(
+            (name, kind, setting(list(default) if isinstance(default, tuple) else default, "See GranAlignConfig."))
+        )
     return make_dataclass("ModelArguments", fields)
 
 
@@ -140,8 +145,8 @@ def _problems(run: RunArguments) -> list[str]:
     problems = []
     for side in ("vision", "text"):
         given = [getattr(run, f"{side}_{kind}") is not None for kind in ("encoder", "config")]
-        if sum(given) != 1:
-            problems.append(f"give one of {side}_encoder (pretrained) and {side}_config (from scratch)")
+        if sum(given) != (run.checkpoint is None):
+            problems.append(f"give one of {side}_encoder (pretrained) and {side}_config (from scratch), or a checkpoint")
     for name in ("epochs", "batch_size", "eval_interval", "eval_batch_size"):
         if getattr(run, name) < 1:
             problems.append(f"{name} must be at least 1, got {getattr(run, name)}")

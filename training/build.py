@@ -22,7 +22,10 @@ def build(run: RunArguments, fields: dict, captions: list[str]) -> tuple[GranAli
 
     Raises:
         ValueError: one encoder is pretrained and the other is not.
+        RuntimeError: a field changes the shape of a layer of the checkpoint.
     """
+    if run.checkpoint:
+        return GranAlignModel.from_pretrained(run.checkpoint, **fields), GranAlignProcessor.from_pretrained(run.checkpoint)
     if run.vision_encoder and run.text_encoder:
         vision, text = resolve(run.vision_encoder), resolve(run.text_encoder)
         model = GranAlignModel.from_vision_text_pretrained(vision, text, **fields)

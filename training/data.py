@@ -42,7 +42,9 @@ class CaptionedImages:
         try:
             return self.table[self.rows[number]][self.image_column].convert("RGB")
         except (OSError, SyntaxError, AttributeError) as error:
-            raise ValueError(f"Image `{self.image_ids[number]}` (row {self.rows[number]}) cannot be read: {error}") from error
+            raise ValueError(
+                f"Image `{self.image_ids[number]}` (row {self.rows[number]}) cannot be read: {error}"
+            ) from error
 
     def first(self, limit: int | None) -> CaptionedImages:
         """The first images only."""
@@ -85,7 +87,9 @@ def load_split(
     texts = [[value] if isinstance(value, str) else list(value or []) for value in table[caption_column]]
     for row, captions in enumerate(texts):
         if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-            raise ValueError(f"Row {row} of {name} ({split}) has an empty or missing caption in `{caption_column}`: {captions!r}.")
+            raise ValueError(
+                f"Row {row} of {name} ({split}) has an empty or missing caption in `{caption_column}`: {captions!r}."
+            )
     image_id_column = image_id_column or next((n for n in IMAGE_ID_COLUMNS if n in table.column_names), None)
     ids = _image_ids(table, image_column, image_id_column, is_one_caption=isinstance(table[0][caption_column], str))
     images: dict[str, tuple[int, list[str]]] = {}
@@ -159,9 +163,7 @@ def random_resized_crop(rng: np.random.Generator, image: PILImage.Image, min_sca
     crop_width = min(width * np.sqrt(area) * stretch, width)
     crop_height = min(height * np.sqrt(area) / stretch, height)
     left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
-    image = image.resize(
-        image.size, PILImage.Resampling.BILINEAR, box=(left, top, left + crop_width, top + crop_height)
-    )
+    image = image.resize(image.size, PILImage.Resampling.BILINEAR, box=(left, top, left + crop_width, top + crop_height))
     return image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 

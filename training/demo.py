@@ -1,6 +1,6 @@
 """What a model trained on drawn scenes has learned: recalls and pointing on unseen scenes, and one picture.
 
-    python -m granalign_hf.training.demo CHECKPOINT
+python -m granalign_hf.training.demo CHECKPOINT
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
-from granalign_hf.evaluation import fold_metrics, pointing_game
+from granalign_hf.evaluation import fold_metrics
 from granalign_hf.explanation import align, figure, word_maps, words_of
+from granalign_hf.grounding import pointing_game
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.evaluate import encode, score_matrix
 
@@ -41,8 +42,10 @@ def main(argv: list[str] | None = None) -> dict:
     (folder / "metrics-demo.json").write_text(json.dumps(result, indent=2) + "\n")
     figure(align(model, processor, scenes.image(0), scenes.captions[0][0]), folder / "demo.png")
     print(f"{len(scenes)} unseen scenes, galleries of {GALLERY}: rSum {result['metrics']['rsum']:.1f} of 600")
-    print(f"pointing accuracy {result['pointing']['accuracy']:.1f} % of {result['pointing']['words']} words "
-          f"(a random patch: {result['pointing']['random_patch']:.1f} %)")
+    print(
+        f"pointing accuracy {result['pointing']['accuracy']:.1f} % of {result['pointing']['words']} words "
+        f"(a random patch: {result['pointing']['random_patch']:.1f} %)"
+    )
     print(f"picture: {folder / 'demo.png'}")
     return result
 

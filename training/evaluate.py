@@ -1,6 +1,6 @@
 """Checkpoint and data set -> recalls with intervals.
 
-    accelerate launch training/evaluate.py CHECKPOINT --dataset NAME --split test
+accelerate launch training/evaluate.py CHECKPOINT --dataset NAME --split test
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import bootstrap_interval, ranks_to_metrics, retrieval_ranks
-from granalign_hf.training.arguments import _setting
+from granalign_hf.training.arguments import setting
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures
 
@@ -34,16 +34,16 @@ IMAGES_PER_BLOCK = 128
 class EvaluateArguments:
     """What to evaluate, and where to write it."""
 
-    dataset: str = _setting("scenes", "Hub name or folder of a data set; `scenes` draws one.")
-    split: str = _setting("test", "Split to evaluate on.")
-    dataset_config: str | None = _setting(None, "Configuration of the data set, where it has several.")
-    image_column: str | None = _setting(None, "Column of the image. Default: the first image column.")
-    caption_column: str | None = _setting(None, "Column of the caption or captions. Default: found by name.")
-    image_id_column: str | None = _setting(None, "Column that names the image. Default: found by name.")
-    max_images: int | None = _setting(None, "Evaluate on the first images only.")
-    batch_size: int = _setting(64, "Images per step.")
-    matmul_precision: str = _setting("highest", "float32 products: `highest`, `high` or `medium` (see torch).")
-    output: str | None = _setting(None, "File of the metrics. Default: metrics-SPLIT.json in the checkpoint.")
+    dataset: str = setting("scenes", "Hub name or folder of a data set; `scenes` draws one.")
+    split: str = setting("test", "Split to evaluate on.")
+    dataset_config: str | None = setting(None, "Configuration of the data set, where it has several.")
+    image_column: str | None = setting(None, "Column of the image. Default: the first image column.")
+    caption_column: str | None = setting(None, "Column of the caption or captions. Default: found by name.")
+    image_id_column: str | None = setting(None, "Column that names the image. Default: found by name.")
+    max_images: int | None = setting(None, "Evaluate on the first images only.")
+    batch_size: int = setting(64, "Images per step.")
+    matmul_precision: str = setting("highest", "float32 products: `highest`, `high` or `medium` (see torch).")
+    output: str | None = setting(None, "File of the metrics. Default: metrics-SPLIT.json in the checkpoint.")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -135,7 +135,7 @@ def score_matrix(model: GranAlignModel, image: SimpleNamespace, text: SimpleName
 
 
 def diagnostics(image: SimpleNamespace, text: SimpleNamespace) -> dict[str, float]:
-    """Whether saliency and regions do anything: mean and spread of the saliencies over all real tokens, and how alike regions are.
+    """Whether saliency and regions do anything: mean and spread of the saliencies, and how alike the regions are.
 
     `region_mean_cosine` is the mean cosine between two regions of one image (1: all regions are the same).
     """
@@ -151,7 +151,9 @@ def diagnostics(image: SimpleNamespace, text: SimpleNamespace) -> dict[str, floa
         means = torch.nn.functional.normalize(image.region_means, dim=-1)
         num_regions = means.shape[1]
         cosines = means @ means.transpose(1, 2)
-        values["region_mean_cosine"] = ((cosines.sum((1, 2)) - num_regions) / (num_regions * (num_regions - 1))).mean().item()
+        values["region_mean_cosine"] = (
+            ((cosines.sum((1, 2)) - num_regions) / (num_regions * (num_regions - 1))).mean().item()
+        )
     return values
 
 

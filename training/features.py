@@ -43,8 +43,8 @@ def token_features(
 ) -> TokenFeatures:
     """Reads the features of a split, or computes and stores them.
 
-    They are stored under a key of the encoders' weights, the preprocessing and the data, so that a stale cache is never read.
-    A cache that is not complete is made anew.
+    Their key is made of the encoders' weights, the preprocessing and the data, so that a stale cache is never read. A cache
+    that is not complete is made anew.
     """
     folder = folder / _key(model, processor, data)
     if not (folder / "complete").is_file():
@@ -63,7 +63,9 @@ def _key(model: GranAlignModel, processor: GranAlignProcessor, data: CaptionedIm
         digest.update(encoder.config.to_json_string().encode())
         for name, weight in sorted(encoder.state_dict().items()):
             digest.update(name.encode())
-            digest.update(weight.contiguous().cpu().view(torch.uint8).numpy().tobytes() if weight.ndim else repr(weight).encode())
+            digest.update(
+                weight.contiguous().cpu().view(torch.uint8).numpy().tobytes() if weight.ndim else repr(weight).encode()
+            )
     digest.update(processor.image_processor.to_json_string().encode())
     digest.update(processor.tokenizer.backend_tokenizer.to_str().encode())
     digest.update(json.dumps([data.table._fingerprint, data.rows, data.captions]).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 from importlib.metadata import version
@@ -18,6 +19,7 @@ RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "granali
 
 def run_record(run: RunArguments, command: str, train_data: CaptionedImages, state: dict) -> dict:
     """The content of metrics.json: what was run, on what, and every epoch's figures."""
+    before = _earlier_run(run.checkpoint)
     best = next((r for r in state["history"] if r["epoch"] == state["best_epoch"]), {})
     return {
         "recipe": next((word for word in command.split() if word.endswith(".yaml")), "demo-scenes.yaml"),
@@ -25,6 +27,7 @@ def run_record(run: RunArguments, command: str, train_data: CaptionedImages, sta
         "seed": run.seed,
         "date": datetime.date.today().isoformat(),
         "hours": round(state["seconds"] / 3600, 3),
+        "started_from": None if before is None else {name: before[name] for name in ("command", "hours", "best_epoch")},
         "hardware": hardware(),
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
         "dataset": Path(run.dataset).name,
@@ -32,10 +35,9 @@ def run_record(run: RunArguments, command: str, train_data: CaptionedImages, sta
         "validation_split": run.validation_split,
         "num_train_images": len(train_data),
         "num_train_captions": sum(len(captions) for captions in train_data.captions),
-        "encoders": {
-            "vision": _encoder_name(run.vision_encoder),
-            "text": _encoder_name(run.text_encoder),
-        },
+        "encoders": before["encoders"]
+        if before
+        else {"vision": _encoder_name(run.vision_encoder), "text": _encoder_name(run.text_encoder)},
         "frozen_encoders": run.freeze_encoders,
         "best_epoch": state["best_epoch"],
         "validation": best.get("validation", {}),
@@ -43,6 +45,12 @@ def run_record(run: RunArguments, command: str, train_data: CaptionedImages, sta
         "history": state["history"],
         "notes": [],
     }
+
+
+def _earlier_run(checkpoint: str | None) -> dict | None:
+    """The record of the run that made the checkpoint this one starts from, where it has one."""
+    path = None if checkpoint is None else Path(checkpoint) / "metrics.json"
+    return json.loads(path.read_text()) if path and path.is_file() else None
 
 
 def _encoder_name(name: str | None) -> str:

@@ -75,7 +75,13 @@ def main(argv: list[str] | None = None) -> dict:
     # Order, optimiser, schedule
     order = torch.Generator()
     loader = torch.utils.data.DataLoader(
-        images, run.batch_size, shuffle=True, generator=order, collate_fn=collate, num_workers=run.num_workers, drop_last=True
+        images,
+        run.batch_size,
+        shuffle=True,
+        generator=order,
+        collate_fn=collate,
+        num_workers=run.num_workers,
+        drop_last=True,
     )
     if len(loader) == 0:
         raise ValueError(f"`batch_size` {run.batch_size} is larger than the {len(images)} training images.")
@@ -102,22 +108,23 @@ def main(argv: list[str] | None = None) -> dict:
         bar = tqdm(loader, desc=f"epoch {epoch + 1}/{run.epochs}", disable=not is_main)
         for step, batch in enumerate(bar):
             out = model(**batch, return_loss=True, use_hard_negatives=use_hard_negatives)
+            values = {name: value.detach().float().item() for name, value in {"loss": out.loss, **out.loss_terms}.items()}
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(f"The loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: {values}")
             accelerator.backward(out.loss)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            values = {"loss": out.loss, **out.loss_terms}
-            values = {name: value.detach().float().item() for name, value in values.items()}
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"The loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: {values}")
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + value / len(loader)
             bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=_last_rsum(state))
             if step % 20 == 0:
-                lrs = {f"lr/{n}": lr for n, lr in zip(("new", "encoders"), scheduler.get_last_lr())}
-                accelerator.log({f"train/{n}": v for n, v in values.items()} | lrs | {"train/grad_norm": float(grad_norm)},
-                                step=epoch * len(loader) + step)
+                lrs = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+                accelerator.log(
+                    {f"train/{n}": v for n, v in values.items()} | lrs | {"train/grad_norm": float(grad_norm)},
+                    step=epoch * len(loader) + step,
+                )
         warn_if_stuck(totals, run, fields["margin"], use_hard_negatives)
 
         # Validation selects the checkpoint that stays
@@ -154,11 +161,14 @@ def parameter_groups(model: torch.nn.Module, run: RunArguments) -> list[dict]:
             parameters = [
                 p
                 for name, p in model.named_parameters()
-                if p.requires_grad and name.startswith(("vision_model.", "text_model.")) == is_encoder and (p.ndim > 1) == (decay > 0)
+                if p.requires_grad
+                and name.startswith(("vision_model.", "text_model.")) == is_encoder
+                and (p.ndim > 1) == (decay > 0)
             ]
             factor = run.encoder_lr_factor if is_encoder else 1.0
             if parameters:
-                groups.append({"params": parameters, "weight_decay": decay, "lr": run.learning_rate * factor})
+                name = "encoders" if is_encoder else "new_layers"
+                groups.append({"params": parameters, "weight_decay": decay, "lr": run.learning_rate * factor, "name": name})
     return groups
 
 
@@ -180,7 +190,9 @@ def validate(model, processor, data, features, batch_size: int) -> tuple[dict, d
 
 def warn_if_stuck(totals: dict[str, float], run: RunArguments, margin: float, use_hard_negatives: bool) -> None:
     """A hinge of 2 x margin with hardest negatives means that all pairs score alike."""
-    stuck = [name for name, value in totals.items() if name.startswith("contrastive") and abs(value - 2 * margin) < 0.02 * margin]
+    stuck = [
+        name for name, value in totals.items() if name.startswith("contrastive") and abs(value - 2 * margin) < 0.02 * margin
+    ]
     if use_hard_negatives and stuck:
         logger.warning(
             f"{', '.join(stuck)} stays at 2 x margin = {2 * margin:.3f}: all pairs score alike, the model has collapsed. "

@@ -1,0 +1,153 @@
+"""Any data set becomes images with captions; augmentation depends on (seed, epoch, number) alone."""
+
+import io
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from granalign_hf.training.build import word_tokenizer
+from granalign_hf.training.data import TrainingImages, augment_caption, load_split, random_resized_crop
+
+
+def png(colour: tuple[int, int, int], size=(8, 6)) -> dict:
+    buffer = io.BytesIO()
+    PILImage.new("RGB", size, colour).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
+
+
+def save(folder, columns: dict, features: dict) -> str:
+    table = Dataset.from_dict(columns, features=Features(features))
+    DatasetDict({"train": table}).save_to_disk(folder)
+    return str(folder)
+
+
+def test_list_of_captions(tmp_path):
+    name = save(
+        tmp_path,
+        {"image": [RED, BLUE], "captions": [["a", "b"], ["c"]]},
+        {"image": Image(), "captions": List(Value("string"))},
+    )
+    data = load_split(name, "train")
+    assert data.captions == [["a", "b"], ["c"]]
+    assert data.caption_image_index.tolist() == [0, 0, 1]
+    assert data.image(1).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_one_row_a_caption_is_grouped_by_image_id(tmp_path):
+    name = save(
+        tmp_path,
+        {"picture": [RED, BLUE, RED], "text": ["a", "c", "b"], "filename": ["r.png", "b.png", "r.png"]},
+        {"picture": Image(), "text": Value("string"), "filename": Value("string")},
+    )
+    data = load_split(name, "train")
+    assert data.image_ids == ["r.png", "b.png"] and data.captions == [["a", "b"], ["c"]]
+
+
+def test_one_row_a_caption_is_grouped_by_picture_without_an_id(tmp_path):
+    name = save(
+        tmp_path, {"image": [RED, BLUE, RED], "caption": ["a", "c", "b"]}, {"image": Image(), "caption": Value("string")}
+    )
+    assert load_split(name, "train").captions == [["a", "b"], ["c"]]
+
+
+def test_named_columns_win(tmp_path):
+    name = save(
+        tmp_path,
+        {"a": [RED], "b": [BLUE], "caption": ["no"], "title": ["yes"]},
+        {"a": Image(), "b": Image(), "caption": Value("string"), "title": Value("string")},
+    )
+    data = load_split(name, "train", image_column="b", caption_column="title")
+    assert data.captions == [["yes"]] and data.image(0).getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("columns", "features", "message"),
+    [
+        ({"image": [RED]}, {"image": Image()}, "no caption column.*caption_column"),
+        ({"caption": ["a"]}, {"caption": Value("string")}, "no image column.*image_column"),
+        ({"image": [RED, BLUE], "caption": ["a", " "]}, {"image": Image(), "caption": Value("string")}, "Row 1 .*empty"),
+        ({"image": [RED], "caption": [None]}, {"image": Image(), "caption": Value("string")}, "Row 0 .*missing caption"),
+        ({"image": [RED], "captions": [[]]}, {"image": Image(), "captions": List(Value("string"))}, "Row 0 .*missing"),
+    ],
+)
+def test_broken_data_sets_are_refused_by_name(tmp_path, columns, features, message):
+    with pytest.raises(ValueError, match=message):
+        load_split(save(tmp_path, columns, features), "train")
+
+
+def test_missing_split_names_those_that_exist(tmp_path):
+    name = save(tmp_path, {"image": [RED], "caption": ["a"]}, {"image": Image(), "caption": Value("string")})
+    with pytest.raises(ValueError, match=r"no split 'test'; its splits are \['train'\]"):
+        load_split(name, "test")
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        load_split("scenes", "dev")
+
+
+def test_unreadable_image_is_named(tmp_path):
+    broken = {"bytes": RED["bytes"][:40], "path": None}
+    name = save(
+        tmp_path,
+        {"image": [broken], "caption": ["a"], "filename": ["x.png"]},
+        {"image": Image(), "caption": Value("string"), "filename": Value("string")},
+    )
+    with pytest.raises(ValueError, match=r"`x\.png` \(row 0\) cannot be read"):
+        load_split(name, "train").image(0)
+
+
+def test_grey_and_transparent_images_become_rgb(tmp_path):
+    images = []
+    for mode in ("L", "RGBA", "P"):
+        buffer = io.BytesIO()
+        PILImage.new(mode, (3, 3)).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    name = save(tmp_path, {"image": images, "captions": [["a"]] * 3}, {"image": Image(), "captions": List(Value("string"))})
+    data = load_split(name, "train")
+    assert [data.image(n).mode for n in range(3)] == ["RGB"] * 3
+
+
+def test_item_depends_on_seed_epoch_and_number_only():
+    data = load_split("scenes", "train", num_scenes=3)
+    images = TrainingImages(data, captions_per_image=2, crop_scale=0.6, seed=7)
+    first = images[1]
+    images[0], images[2]
+    again = images[1]
+    assert first["captions"] == again["captions"] and first["image"].tobytes() == again["image"].tobytes()
+    assert len(set(first["captions"])) == 2
+    images.epoch = 1
+    assert images[1]["image"].tobytes() != first["image"].tobytes()
+
+
+def test_crop_keeps_size_and_share():
+    ramp = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
+    image = PILImage.fromarray(np.stack([ramp] * 3, -1))
+    seen = []
+    for seed in range(50):
+        crop = random_resized_crop(np.random.default_rng(seed), image, 0.6)
+        assert crop.size == image.size
+        row = np.asarray(crop)[50, :, 0].astype(int)
+        seen.append(abs(int(row[-1]) - int(row[0])) / 199)
+    assert min(seen) > 0.6 and max(seen) <= 1 and np.std(seen) > 0.02
+
+
+def test_caption_augmentation_has_its_shares():
+    tokenizer = word_tokenizer(["one two three four five six"])
+    ids = tokenizer(" ".join(["one", "two", "three", "four", "five", "six"] * 400))["input_ids"]
+    changed = augment_caption(np.random.default_rng(0), ids, tokenizer, 0.2)
+    masked = sum(token == tokenizer.mask_token_id for token in changed) / len(ids)
+    deleted = 1 - len(changed) / len(ids)
+    assert abs(masked - 0.10) < 0.02 and abs(deleted - 0.08) < 0.02
+    assert changed[0] == tokenizer.cls_token_id and changed[-1] == tokenizer.sep_token_id
+    assert augment_caption(np.random.default_rng(0), ids, tokenizer, 0.0) == ids
+
+
+def test_augmentation_never_empties_a_caption():
+    tokenizer = word_tokenizer(["dog"])
+    ids = tokenizer("dog")["input_ids"]
+    for seed in range(200):
+        changed = augment_caption(np.random.default_rng(seed), ids, tokenizer, 0.9)
+        assert len(changed) >= 3
