@@ -61,7 +61,8 @@ class GranAlignConfig(PreTrainedConfig):
             Side of the square of neighbouring patches that are averaged into one before they are projected.
 
     Raises:
-        ValueError: a value out of its range, or a `pooling` that the aligner does not have.
+        StrictDataclassError: a value out of its range or of the wrong type, or a `pooling` that the aligner does not have; the
+            message names the field.
     """
 
     model_type = "granalign"
@@ -109,8 +110,11 @@ class GranAlignConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("region_logit_scale", "saliency_temperature", "margin"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be greater than 0 and finite, got {getattr(self, name)}.")
+        for name in ("reconstruction_weight", "kl_weight", "num_prefix_tokens"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
         weights = self.level_weights
         if len(weights) != 3 or min(weights) < 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
             raise ValueError(f"`level_weights` must be three values of at least 0 that sum to 1, got {weights}.")

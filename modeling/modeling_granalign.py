@@ -175,7 +175,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
             text_model_output: the encoder's output, where it is at hand (frozen encoders).
 
         Raises:
-            ValueError: `input_ids` is missing or longer than the encoder takes.
+            ValueError: `input_ids` is missing or longer than the encoder takes, or `attention_mask` has another shape.
         """
         if input_ids is None:
             raise ValueError("Captions are missing: pass `input_ids` as returned by GranAlignProcessor.")
@@ -185,6 +185,11 @@ class GranAlignModel(GranAlignPreTrainedModel):
                 f"`input_ids` has {input_ids.shape[1]} tokens a caption, but the text encoder takes at most {longest}. "
                 "GranAlignProcessor truncates; with another tokenizer pass `truncation=True`."
             )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}. Pass both as returned by GranAlignProcessor."
+            )
         if text_model_output is None:
             optional = {"position_ids": position_ids, "token_type_ids": token_type_ids}
             kwargs.update({name: value for name, value in optional.items() if value is not None})
@@ -193,10 +198,10 @@ class GranAlignModel(GranAlignPreTrainedModel):
             )
         word_embeds = _unit_length(self.word_projection(text_model_output.last_hidden_state))
         word_mask = self._word_mask(input_ids, attention_mask)
-        weights = word_mask / word_mask.sum(1, keepdim=True).clamp(min=1)
+        num_words = word_mask.sum(1, keepdim=True).clamp(min=1)
         return GranAlignTextOutput(
             last_hidden_state=text_model_output.last_hidden_state,
-            pooler_output=torch.einsum("tw,twd->td", weights, word_embeds),
+            pooler_output=(word_embeds * word_mask[..., None]).sum(1) / num_words,
             hidden_states=getattr(text_model_output, "hidden_states", None),
             attentions=getattr(text_model_output, "attentions", None),
             word_embeds=word_embeds,
@@ -222,7 +227,8 @@ class GranAlignModel(GranAlignPreTrainedModel):
         return self._weigh_levels(self.similarities(image, text))
 
     def _weigh_levels(self, levels: Tensor) -> Tensor:
-        return torch.tensordot(levels.new_tensor(self.aligner.level_weights), levels, dims=1)
+        # No matrix product: autocast would round the scores to half precision.
+        return sum(weight * scores for weight, scores in zip(self.aligner.level_weights, levels, strict=True))
 
     def compute_loss(
         self, image: GranAlignImageOutput, levels: Tensor, positives: Tensor, use_hard_negatives: bool = True

@@ -211,8 +211,10 @@ class _AllPairs(torch.autograd.Function):
         else:
             images_per_tile = max(ctx.columns // max(sum(ctx.layout.lengths), 1), 1)
         has_grad = has_grad[:, ctx.layout.order]
+        images = has_grad.any(1).nonzero()[:, 0]  # none without patches: NaN there would reach the words
+        tiles = images.split(images_per_tile) if len(images) < len(has_grad) else _slices(len(images), images_per_tile)
         with torch.autocast(grad.device.type, enabled=False):
-            for tile in has_grad.any(1).nonzero()[:, 0].split(images_per_tile):
+            for tile in tiles:
                 positions = has_grad[tile].any(0).nonzero()[:, 0].tolist()
                 for block in _blocks(ctx.layout, positions, max(ctx.columns // images_per_tile, 1)):
                     _add_tile_grads(ctx.rule, ctx.layout, block, tile, tokens, grad, grads)
@@ -220,7 +222,7 @@ class _AllPairs(torch.autograd.Function):
         return (None, None, None, *grads)
 
 
-def _add_tile_grads(rule, layout, block, tile: Tensor, tokens: Tokens, grad: Tensor, grads: Tokens) -> None:
+def _add_tile_grads(rule, layout, block, tile: slice | Tensor, tokens: Tokens, grad: Tensor, grads: Tokens) -> None:
     """Recomputes one tile with a graph and adds its gradients in place to `grads`."""
     packed, flat = _pack(tokens, layout, block)
     leaves = Tokens(
@@ -233,7 +235,7 @@ def _add_tile_grads(rule, layout, block, tile: Tensor, tokens: Tokens, grad: Ten
         scores = _score_tile(rule, layout, block, tile, leaves)
     captions = torch.cat([group.captions for group in block])
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    tile_grads = iter(torch.autograd.grad(scores, wanted, grad[:, tile[:, None], captions], allow_unused=True))
+    tile_grads = iter(torch.autograd.grad(scores, wanted, grad[:, tile][..., captions], allow_unused=True))
     for name, leaf, total in zip(Tokens._fields, leaves, grads):
         part = next(tile_grads) if leaf is not None and leaf.requires_grad else None
         if part is None:
@@ -241,4 +243,4 @@ def _add_tile_grads(rule, layout, block, tile: Tensor, tokens: Tokens, grad: Ten
         if name.startswith("word"):
             total.flatten(0, 1).index_add_(0, flat, part)
         else:
-            total.index_add_(0, tile, part)
+            total[tile] += part

@@ -94,6 +94,9 @@ def test_grm_is_deterministic_at_inference_and_noisy_in_training(draw_tokens):
     assert not torch.equal(first_text.word_saliency, second_text.word_saliency)
     key, uncertain = (aligner.similarities(first, first_text) != aligner.similarities(second, second_text))[1:]
     assert key.any() and uncertain.any()
+    salient = first.patch_embeds * first.patch_saliency[..., None]
+    expected = reference.reconstruction_loss(first.region_embeds, salient, first.patch_mask)  # of the sample
+    torch.testing.assert_close(aligner.regularisers(first)["reconstruction"][1], expected, rtol=0, atol=1e-12)
 
 
 def test_grm_trains_every_parameter(draw_tokens):

@@ -331,9 +331,9 @@ def test_every_parameter_gets_a_gradient_and_changes(fields):
 def test_training_learns_which_caption_belongs_to_which_image():
     model = tiny_model().train()
     inputs = tiny_inputs(num_images=6, num_captions=6)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     torch.manual_seed(0)
-    for _ in range(60):
+    for _ in range(30):
         optimizer.zero_grad()
         model(**inputs, return_loss=True).loss.backward()
         optimizer.step()
@@ -344,8 +344,8 @@ def test_training_learns_which_caption_belongs_to_which_image():
 def test_gradient_checkpointing_gives_the_same_gradients():
     model = tiny_model().train()
     expected = gradients(model, tiny_inputs())
-    model.gradient_checkpointing_enable()
-    assert model.is_gradient_checkpointing
+    model.activation_checkpointing_enable()
+    assert model.is_activation_checkpointing
     found = gradients(model, tiny_inputs())
     for name, gradient in expected.items():
         close(found[name], gradient, 1e-6)
@@ -450,11 +450,9 @@ def test_missing_inputs(model, missing, message):
 
 
 def test_a_mask_of_another_length_is_refused(model):
-    inputs = tiny_inputs()
-    given = BaseModelOutput(model.text_model(inputs["input_ids"]).last_hidden_state)
-    inputs["attention_mask"] = torch.ones(3, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"`word_mask` must have shape \(3, 7\), got \(3, 5\)"):
-        model(**inputs, text_model_output=given)
+    inputs = tiny_inputs() | {"attention_mask": torch.ones(3, 5, dtype=torch.long)}
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of `input_ids`, \(3, 7\), got \(3, 5\)"):
+        model(**inputs)
 
 
 def test_initial_weights():
@@ -530,7 +528,7 @@ def test_real_photographs_find_their_captions_after_a_little_training(real):
     new = [p for name, p in model.named_parameters() if not name.startswith(("vision_model.", "text_model."))]
     optimizer = torch.optim.AdamW(new, lr=1e-3)
     model.train()
-    for _ in range(20):
+    for _ in range(8):
         optimizer.zero_grad()
         model(**batch, return_loss=True).loss.backward()
         optimizer.step()

@@ -24,6 +24,7 @@ from granalign_hf.evaluation import bootstrap_interval, ranks_to_metrics, retrie
 from granalign_hf.training.arguments import setting
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures
+from granalign_hf.training.runtime import set_up_torch
 
 IMAGE_FIELDS = ("patch_embeds", "patch_mask", "patch_saliency", "region_means", "region_embeds")
 TEXT_FIELDS = ("word_embeds", "word_mask", "word_saliency")
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise SystemExit("usage: accelerate launch training/evaluate.py CHECKPOINT [--dataset NAME] [--split test] ...")
     parser = HfArgumentParser(EvaluateArguments, description="Evaluates a checkpoint.", allow_abbrev=False)
     (args,) = parser.parse_args_into_dataclasses(argv[1:], look_for_args_file=False)
-    torch.set_float32_matmul_precision(args.matmul_precision)
+    set_up_torch(args.matmul_precision)
     data = load_split(
         args.dataset, args.split, args.dataset_config, args.image_column, args.caption_column, args.image_id_column
     ).first(args.max_images)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from granalign_hf.training.arguments import RunArguments
 from granalign_hf.training.data import CaptionedImages
+from granalign_hf.training.runtime import hardware
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "granalign-hf")
 
@@ -57,9 +54,3 @@ def _encoder_name(name: str | None) -> str:
     if name is None:
         return "from scratch"
     return name if name.startswith("package:") else Path(name).name
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"

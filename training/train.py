@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -31,13 +30,13 @@ from granalign_hf.training.evaluate import diagnostics, encode, score_matrix
 from granalign_hf.training.features import FeatureCollator, FeatureImages, token_features
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.record import run_record
+from granalign_hf.training.runtime import set_up_torch
 
 logger = get_logger(__name__)
 
 
 def main(argv: list[str] | None = None) -> dict:
     run, fields, command = parse_arguments(argv)
-    torch.set_float32_matmul_precision(run.matmul_precision)
     output = Path(run.output_dir)
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
@@ -45,8 +44,7 @@ def main(argv: list[str] | None = None) -> dict:
         project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread to each process
-        torch.set_num_threads(max((os.cpu_count() or 1) // accelerator.num_processes, 1))
+    set_up_torch(run.matmul_precision, accelerator.num_processes)
     is_main = accelerator.is_main_process
     if is_main:
         output.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,26 @@
+"""The machine that a run is on: threads, precision of float32 products, and its description."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+
+def set_up_torch(matmul_precision: str, num_processes: int = 1) -> None:
+    """Shares the cores between the processes (`accelerate launch` leaves one to each) and sets the precision of products.
+
+    Args:
+        matmul_precision: `highest`, `high` or `medium`, see `torch.set_float32_matmul_precision`.
+    """
+    torch.set_float32_matmul_precision(matmul_precision)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max((os.cpu_count() or 1) // num_processes, 1))
+
+
+def hardware() -> str:
+    """In words, for the record of a run."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
