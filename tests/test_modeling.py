@@ -528,7 +528,7 @@ def test_real_photographs_find_their_captions_after_a_little_training(real):
     new = [p for name, p in model.named_parameters() if not name.startswith(("vision_model.", "text_model."))]
     optimizer = torch.optim.AdamW(new, lr=1e-3)
     model.train()
-    for _ in range(8):
+    for _ in range(10):
         optimizer.zero_grad()
         model(**batch, return_loss=True).loss.backward()
         optimizer.step()
