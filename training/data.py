@@ -84,14 +84,15 @@ def load_split(
                 f"The data set {name} has no {kind} column{'' if column is None else f' {column!r}'}; its columns are "
                 f"{table.column_names}. Name it with `{kind}_column`."
             )
-    texts = [[value] if isinstance(value, str) else list(value or []) for value in table[caption_column]]
+    values = list(table[caption_column])
+    texts = [[value] if isinstance(value, str) else list(value or []) for value in values]
     for row, captions in enumerate(texts):
         if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
             raise ValueError(
                 f"Row {row} of {name} ({split}) has an empty or missing caption in `{caption_column}`: {captions!r}."
             )
     image_id_column = image_id_column or next((n for n in IMAGE_ID_COLUMNS if n in table.column_names), None)
-    ids = _image_ids(table, image_column, image_id_column, is_one_caption=isinstance(table[0][caption_column], str))
+    ids = _image_ids(table, image_column, image_id_column, is_one_caption=isinstance(values[0], str))
     images: dict[str, tuple[int, list[str]]] = {}
     for row, (image_id, captions) in enumerate(zip(ids, texts, strict=True)):
         images.setdefault(image_id, (row, []))[1].extend(captions)

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict:
         "date": datetime.date.today().isoformat(),
         "command": "accelerate launch training/evaluate.py " + " ".join(argv),
         "metrics": ranks_to_metrics(ranks),
-        "intervals": bootstrap_interval(ranks),
+        "intervals": {name: list(interval) for name, interval in bootstrap_interval(ranks).items()},
         "diagnostics": diagnostics(image, text),
     }
     output = Path(args.output) if args.output else Path(argv[0]) / f"metrics-{args.split}.json"

@@ -1,7 +1,7 @@
 """The built-in data set: drawn scenes whose captions come with the region of every content word.
 
 A scene holds three to five named objects (coloured shapes, some of them in groups of equals) and 0 to 8 distractors
-that no caption ever names. Every caption names three kinds of objects, is true, and identifies them: "a red circle"
+(one, unless more are asked for) that no caption ever names. Every caption names three kinds of objects, is true, and identifies them: "a red circle"
 is said only where exactly one red circle is drawn, "two blue squares" only where exactly two are. So
 
 - several words point at one object: `red` and `circle` of "a red circle" carry the same box;
@@ -47,8 +47,6 @@ SHAPES: dict[str, _Mask] = {
     "star": lambda x, y: sum((x * u + y * v <= 0.309).astype(np.int8) for u, v in _STAR_EDGES) >= 4,
     "cross": lambda x, y: (np.maximum(abs(x), abs(y)) <= 0.92) & (np.minimum(abs(x), abs(y)) <= 0.28),
     "ring": lambda x, y: (x * x + y * y <= 0.88) & (x * x + y * y >= 0.26),
-    "heart": lambda x, y: _is_in_heart(1.34 * x, 0.12 - 1.34 * y),
-    "moon": lambda x, y: (x * x + y * y <= 0.94) & ((x - 0.46) * (x - 0.46) + y * y >= 0.50),
 }
 NUM_CAPTIONS = 5
 NUM_NAMED_RANGE = (3, 5)
@@ -72,7 +70,8 @@ _TEMPLATES = (
 _RELATION_TEMPLATES = {"above": "{} above {}, with {}", "left": "{} to the left of {}, with {}"}
 _RELATION_SHARE = 0.3
 _COLOUR_LAST_SHARE = 0.15
-_RADIUS_RANGE = (0.088, 0.116)  # of the image's side
+_RADIUS_RANGE = (0.12, 0.15)  # of the image's side, in pictures that are not crowded
+_CROWD = 6  # objects; beyond it all of them shrink, so that together they cover the same area
 _GAP = 0.012  # between two objects, of the image's side
 _THROWS, _LAYOUTS = 256, 200  # tries for a place, tries for all places
 _COLOUR_JITTER = 14
@@ -129,17 +128,18 @@ class Scene:
 
 def draw_scene(
     rng: np.random.Generator,
-    num_distractors: int | None = None,
-    image_size: int = 96,
+    num_distractors: int = 1,
+    image_size: int = 64,
     num_named: int | None = None,
 ) -> Scene:
     """Draw one scene.
 
     Args:
         rng: the only source of chance.
-        num_distractors: objects that no caption names, 0 to 8; drawn from 1 to 3 when None.
-        image_size: side of the square picture in pixels, 48 to 1024. Objects are 0.14 to 0.24 of it wide.
-        num_named: objects that captions may name, 3 to 5, in three or four kinds; drawn from 3 to 5 when None.
+        num_distractors: objects that no caption names, 0 to 8.
+        image_size: side of the square picture in pixels, 48 to 1024. Objects are 0.16 to 0.30 of it wide, smaller where
+            there are more than six.
+        num_named: objects that captions may name, 3 to 5, in three or four kinds; 3 or 4 by chance when None.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -147,10 +147,8 @@ def draw_scene(
     if not isinstance(rng, np.random.Generator):
         raise ValueError(f"`rng` must be a numpy.random.Generator, got {rng!r}. Pass np.random.default_rng(seed).")
     _check_scene_arguments(num_distractors, image_size, num_named)
-    if num_distractors is None:
-        num_distractors = int(rng.integers(1, 4))
     if num_named is None:
-        num_named = int(rng.integers(NUM_NAMED_RANGE[0], NUM_NAMED_RANGE[1] + 1))
+        num_named = int(rng.integers(3, 5))
     kinds, sizes = _choose_kinds(rng, num_named)
     named = [kind for kind, size in zip(kinds, sizes, strict=True) for _ in range(size)]
     distractors = _choose_distractors(rng, kinds, num_distractors)
@@ -167,8 +165,8 @@ def draw_scene(
 def scene_dataset(
     num_scenes: int,
     seed: int,
-    num_distractors: int | None = None,
-    image_size: int = 96,
+    num_distractors: int = 1,
+    image_size: int = 64,
     num_named: int | None = None,
 ) -> Dataset:
     """Draw a data set with the columns `image`, `captions`, `image_id` and `phrases` (see `Scene`), in memory.
@@ -197,9 +195,8 @@ def scene_dataset(
     return Dataset.from_dict(columns, features=_FEATURES)
 
 
-def _check_scene_arguments(num_distractors: int | None, image_size: int, num_named: int | None) -> None:
-    if num_distractors is not None:
-        _check_integer("num_distractors", num_distractors, *NUM_DISTRACTORS_RANGE)
+def _check_scene_arguments(num_distractors: int, image_size: int, num_named: int | None) -> None:
+    _check_integer("num_distractors", num_distractors, *NUM_DISTRACTORS_RANGE)
     if num_named is not None:
         _check_integer("num_named", num_named, *NUM_NAMED_RANGE)
     _check_integer("image_size", image_size, _MIN_IMAGE_SIZE, _MAX_IMAGE_SIZE)
@@ -264,7 +261,7 @@ def _draw_background(rng: np.random.Generator, image_size: int) -> np.ndarray:
 def _place_discs(rng: np.random.Generator, number: int, image_size: int) -> list[tuple[float, float, float]]:
     """Discs (x, y, radius) inside the picture that do not touch: throw the large ones first, start over if stuck."""
     low, high = _RADIUS_RANGE
-    radii = (low + (high - low) * rng.random(number)) * image_size
+    radii = (low + (high - low) * rng.random(number)) * image_size * min(_CROWD / number, 1) ** 0.5
     order = np.argsort(-radii, kind="stable")
     while True:
         for _ in range(_LAYOUTS):
@@ -308,11 +305,6 @@ def _draw_shape(
     window += (rgb - window) * coverage // (n * n)
     rows, columns = np.nonzero(2 * coverage[..., 0] >= n * n)
     return (left + int(columns.min()), top + int(rows.min()), left + int(columns.max()) + 1, top + int(rows.max()) + 1)
-
-
-def _is_in_heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    disc = x * x + y * y - 1
-    return disc * disc * disc <= x * x * y * y * y
 
 
 # The captions ---------------------------------------------------------------------------------------------------
