@@ -158,8 +158,7 @@ def words_of(caption: str, tokenizer) -> list[Word]:
         ValueError: the caption is empty or no string, or the tokenizer is not a fast one.
     """
     _check_caption(caption, tokenizer)
-    encoding = tokenizer(caption, truncation=True, return_offsets_mapping=True, return_special_tokens_mask=True)
-    return _merge_pieces(caption, encoding["offset_mapping"], encoding["special_tokens_mask"])
+    return _merge_pieces(caption, tokenizer(caption, truncation=True, return_offsets_mapping=True)["offset_mapping"])
 
 
 def align(model, processor, image: Image.Image | str | os.PathLike, caption: str) -> Alignment:
@@ -189,22 +188,14 @@ def align(model, processor, image: Image.Image | str | os.PathLike, caption: str
         raise ValueError("`model` is in training mode, where scores are drawn at random. Call `model.eval()` first.")
     _check_caption(caption, processor.tokenizer)
     picture = _read_picture(image)
-    inputs = processor(
-        images=picture,
-        text=caption,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        return_tensors="pt",
-    )
-    offsets, is_special = inputs.pop("offset_mapping")[0].tolist(), inputs.pop("special_tokens_mask")[0].tolist()
+    inputs = processor(images=picture, text=caption, return_offsets_mapping=True, return_tensors="pt")
+    offsets = inputs.pop("offset_mapping")[0].tolist()
     with torch.no_grad():
         outputs = model(**inputs.to(model.device, model.dtype))
     maps = word_maps(outputs, level_weights=model.aligner.level_weights).cpu()
     area = _visible_area(processor.image_processor, picture.size, inputs["pixel_values"].shape[-2:])
-    words = [
-        _align_word(word, maps, outputs.word_saliency, area, picture.size)
-        for word in _merge_pieces(caption, offsets, is_special)
-    ]
+    words = _merge_pieces(caption, offsets)
+    words = [_align_word(word, maps, outputs.word_saliency, area, picture.size) for word in words]
     saliency = outputs.patch_saliency
     if saliency is not None:
         saliency = _on_grid(outputs, saliency[0].float(), 0, maps[0].numel()).reshape(maps.shape[1:]).cpu()
@@ -271,18 +262,19 @@ def _check_caption(caption: Any, tokenizer: Any) -> None:
         )
 
 
-def _merge_pieces(
-    caption: str, offsets: Sequence[tuple[int, int]] | Sequence[list[int]], is_special: Sequence[int]
-) -> list[Word]:
-    """Words of the caption with the positions of their tokens; offsets and flags are those of a fast tokenizer."""
+def _merge_pieces(caption: str, offsets: Sequence[Sequence[int]]) -> list[Word]:
+    """Words of the caption with the positions of their tokens, from the (start, end) of each token.
+
+    Special tokens and padding are at (0, 0) and touch no word.
+    """
     # Combining marks are no \w, yet they belong to the letter before them.
     plain = "".join("x" if unicodedata.category(character)[0] == "M" else character for character in caption)
     spans = [match.span() for match in _WORD.finditer(plain)]
     tokens: dict[tuple[int, int], list[int]] = {span: [] for span in spans}
-    for position, ((start, end), special) in enumerate(zip(offsets, is_special, strict=True)):
+    for position, (start, end) in enumerate(offsets):
         # Some tokenizers count the space before a word to its first piece.
         home = next((span for span in spans if span[0] < end and start < span[1]), None)
-        if home is not None and start < end and not special:
+        if home is not None:
             tokens[home].append(position)
     return [
         Word(caption[start:end], start, end, tuple(tokens[start, end]), _is_content(caption[start:end]))

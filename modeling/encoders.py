@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,7 +126,7 @@ def patch_tokens(
         prefix, grid = None, hidden
     else:
         vision = config.vision_config
-        image_size = _config_image_size(vision) if pixel_values is None else tuple(pixel_values.shape[-2:])
+        image_size = _config_image_size(vision) if pixel_values is None else (pixel_values.shape[2], pixel_values.shape[3])
         rows, columns = patch_grid(vision, image_size)
         prefix, patches = hidden.split([config.num_prefix_tokens, hidden.shape[1] - config.num_prefix_tokens], dim=1)
         if patches.shape[1] != rows * columns:
@@ -140,12 +141,12 @@ def patch_tokens(
     tokens = grid.flatten(2).transpose(1, 2)
     if config.use_prefix_tokens and prefix is not None:
         tokens = torch.cat([prefix, tokens], dim=1)
-    return tokens, tuple(grid.shape[-2:])
+    return tokens, (grid.shape[2], grid.shape[3])
 
 
 def _config_image_size(config: PreTrainedConfig) -> tuple[int, int]:
     size = config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def max_caption_length(config: PreTrainedConfig) -> int | None:
@@ -230,7 +231,7 @@ def reduce_to_tokens(encoder: PreTrainedModel) -> None:
     A pooling layer that can be left out is removed; other such parameters become buffers, saved and loaded as before.
     """
     if _without_pooler(encoder.config):
-        encoder.pooler = None
+        encoder.register_module("pooler", None)
     idle = ("embeddings.mask_token", _POOLING_PARAMETERS.get(encoder.config.model_type, "embeddings.mask_token"))
     for name, parameter in list(encoder.named_parameters()):
         if name.startswith(idle):
@@ -243,6 +244,6 @@ def reduce_to_tokens(encoder: PreTrainedModel) -> None:
 def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
     if type(config) not in MODEL_MAPPING:
         return {}
-    model_class = MODEL_MAPPING[type(config)]
-    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    classes: Any = MODEL_MAPPING[type(config)]
+    model_class = classes[0] if isinstance(classes, tuple) else classes
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}

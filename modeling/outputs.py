@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.utils import ModelOutput
 
 
-class _MaskedOutput:
+class _MaskedOutput(ModelOutput):
     def to_tuple(self) -> tuple[Any, ...]:
         """The values, with masks as integers: Transformers subtracts such tuples to compare them, which booleans refuse."""
         return tuple(_tuple_element(value) for value in self.values())
@@ -75,7 +75,7 @@ class GranAlignTextOutput(_MaskedOutput, BaseModelOutputWithPooling):
 
 
 @dataclass
-class GranAlignOutput(_MaskedOutput, ModelOutput):
+class GranAlignOutput(_MaskedOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, with `return_loss=True`):
         Weighted sum of `loss_terms`.

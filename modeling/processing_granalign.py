@@ -1,5 +1,6 @@
 """GranAlign processor: an image processor and a tokenizer, with rules for input that neither would explain."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -85,14 +86,16 @@ class GranAlignProcessor(ProcessorMixin):
 
         Args:
             text_config: config of the text encoder, which says how many tokens it takes; the tokenizer then never returns
-                more. Default: the one beside the tokenizer.
+                more. Default: the one beside the tokenizer, if there is one.
 
         Raises:
             ValueError: the tokenizer has no vocabulary.
         """
         tokenizer = load_tokenizer(text_model_name_or_path)
-        text_config = side_config(text_model_name_or_path, "text_config") if text_config is None else text_config
-        longest = max_caption_length(text_config)
+        if text_config is None:
+            with contextlib.suppress(OSError, ValueError):  # a tokenizer without a model beside it
+                text_config = side_config(text_model_name_or_path, "text_config")
+        longest = None if text_config is None else max_caption_length(text_config)
         if longest is not None:
             tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         return cls(AutoImageProcessor.from_pretrained(vision_model_name_or_path), tokenizer)

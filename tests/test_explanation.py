@@ -1,5 +1,6 @@
 """Word maps by hand, words and their offsets, where the patches lie in the picture, heat maps and the figure."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -444,10 +445,18 @@ def test_all_of_a_figure_lies_on_the_sheet():
             assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
 
 
-def test_the_word_panels_share_the_scale_of_the_bar():
-    alignment = make_alignment([torch.tensor([[0.1, 0.2]]), torch.tensor([[0.4, 0.8]])])
-    bar = _draw_figure(alignment, alignment.words).figure.axes[-1]
-    assert bar.get_ylim() == pytest.approx((0.1, 0.8))
+def test_panels_show_the_overlays_on_the_scale_of_the_bar():
+    maps = [torch.tensor([[0.1, 0.2]]), torch.tensor([[0.8, 0.4]])]
+    alignment = dataclasses.replace(make_alignment(maps), area=(15.0, 0.0, 45.0, 40.0))
+    panels = _draw_figure(alignment, alignment.words).figure.axes
+    assert panels[-1].get_ylim() == pytest.approx((0.1, 0.8))
+    large = alignment.image.resize((336, 224))  # 2.1 inches of 160 pixels: 5.6 times 60 x 40
+    area = (84, 0, 252, 224)
+    for axes, word in zip(panels[1:-1], alignment.words, strict=True):
+        expected = overlay(large, word.map, scale=(float(maps[0].min()), float(maps[1].max())), area=area)
+        assert np.array_equal(axes.images[0].get_array(), np.asarray(expected))
+        frame = axes.patches[0].get_bbox()
+        assert np.array(frame.extents) + 0.5 == pytest.approx(np.array(word.box) * 5.6)
 
 
 def test_figure_of_chosen_words_and_of_an_aligner_without_saliency():

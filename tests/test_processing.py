@@ -233,6 +233,7 @@ def encoders(tmp_path_factory):
     words = {word: n for n, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "Ġa"])}
     RobertaTokenizer(vocab=words, merges=[]).save_pretrained(folder / "roberta")
     TEXT["bert"]().save_pretrained(folder / "no vocabulary")
+    tiny_tokenizer(model_max_length=9).save_pretrained(folder / "tokenizer alone")
     return {path.name: str(path) for path in folder.iterdir()}
 
 
@@ -250,6 +251,11 @@ def test_captions_are_cut_to_what_the_text_encoder_takes(encoders, text, log):
     config.max_position_embeddings = 22
     processor = GranAlignProcessor.from_vision_text_pretrained(encoders["vit"], encoders[text], config)
     assert processor.tokenizer.model_max_length == {"bert": 22, "roberta": 20}[text]
+
+
+def test_a_tokenizer_without_an_encoder_keeps_its_own_length(encoders):
+    processor = GranAlignProcessor.from_vision_text_pretrained(encoders["vit"], encoders["tokenizer alone"])
+    assert processor.tokenizer.model_max_length == 9
 
 
 def test_a_text_encoder_without_vocabulary_is_refused(encoders):

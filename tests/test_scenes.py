@@ -23,13 +23,13 @@ NOUN_PHRASE = re.compile(rf"\b(an|a|two|three) (?:({_COLOUR}) ({_SHAPE})|({_SHAP
 
 
 GOLDEN_CAPTIONS = [
-    "a drawing of a triangle in black with an orange circle and a blue star",
-    "a star in blue and a yellow moon, and also a black triangle",
-    "a picture of a black triangle, a circle in orange and a yellow moon",
-    "a drawing of a blue star with a yellow moon and a circle in orange",
-    "a circle in orange to the left of a black triangle, with a star in blue",
+    "the picture shows a yellow ring, a blue star and a circle in black",
+    "a pink triangle and a blue star, and also a black circle",
+    "a picture of a blue star, a pink triangle and a yellow ring",
+    "a yellow ring with a black circle and a pink triangle",
+    "a black circle, a yellow ring and a blue star",
 ]
-GOLDEN_PIXELS = ["26a4fe6ff43516b0", "b4eb400e1c1ef4ac", "0d99fbc05e743041"]
+GOLDEN_PIXELS = ["034ded970518d53d", "0d42a40ea75f009f", "b29aa06b4eb1d77f"]
 
 
 def parse(caption):

@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> dict:
         "pointing": pointing(model, processor, scenes),
     }
     (folder / "metrics-demo.json").write_text(json.dumps(result, indent=2) + "\n")
-    figure(align(model, processor, scenes.image(0), scenes.captions[0][0]), folder / "demo.png")
+    caption = min(scenes.captions[0], key=len)  # names objects and nothing else
+    figure(align(model, processor, scenes.image(0), caption), folder / "demo.png")
     print(f"{len(scenes)} unseen scenes, galleries of {GALLERY}: rSum {result['metrics']['rsum']:.1f} of 600")
     print(
         f"pointing accuracy {result['pointing']['accuracy']:.1f} % of {result['pointing']['words']} words "

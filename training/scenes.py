@@ -1,8 +1,9 @@
 """The built-in data set: drawn scenes whose captions come with the region of every content word.
 
 A scene holds three to five named objects (coloured shapes, some of them in groups of equals) and 0 to 8 distractors
-(one, unless more are asked for) that no caption ever names. Every caption names three kinds of objects, is true, and identifies them: "a red circle"
-is said only where exactly one red circle is drawn, "two blue squares" only where exactly two are. So
+that no caption ever names; one, unless more are asked for. Every caption names three kinds of objects, is true, and
+identifies them: "a red circle" is said only where exactly one red circle is drawn, "two blue squares" only where
+exactly two are. So
 
 - several words point at one object: `red` and `circle` of "a red circle" carry the same box;
 - one word points at several objects: `blue` and `squares` of "two blue squares" carry both boxes;
