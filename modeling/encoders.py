@@ -231,7 +231,7 @@ def reduce_to_tokens(encoder: PreTrainedModel) -> None:
     A pooling layer that can be left out is removed; other such parameters become buffers, saved and loaded as before.
     """
     if _without_pooler(encoder.config):
-        encoder.register_module("pooler", None)
+        encoder.pooler = None  # type: ignore[assignment]
     idle = ("embeddings.mask_token", _POOLING_PARAMETERS.get(encoder.config.model_type, "embeddings.mask_token"))
     for name, parameter in list(encoder.named_parameters()):
         if name.startswith(idle):

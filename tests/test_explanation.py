@@ -23,16 +23,13 @@ from granalign_hf import GranAlignConfig, GranAlignModel, GranAlignOutput, GranA
 from granalign_hf.explanation import (
     AlignedWord,
     Alignment,
-    _draw_figure,
     _visible_area,
     align,
-    colour_scale,
-    figure,
-    overlay,
     patch_box,
     word_maps,
     words_of,
 )
+from granalign_hf.figure import _draw_figure, colour_scale, figure, overlay
 from granalign_hf.modeling.similarity import level_similarities
 
 PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] a the dog skate ##board ##er ' s t - shirt red , . of don cafe two"

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
-from granalign_hf.evaluation import fold_metrics
-from granalign_hf.explanation import align, figure, word_maps, words_of
+from granalign_hf.evaluation import bootstrap_interval, fold_metrics, fold_ranks
+from granalign_hf.explanation import align, word_maps, words_of
+from granalign_hf.figure import figure
 from granalign_hf.grounding import pointing_game
+from granalign_hf.model_card import write_model_card
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.evaluate import encode, score_matrix
 
@@ -32,15 +34,22 @@ def main(argv: list[str] | None = None) -> dict:
     processor = GranAlignProcessor.from_pretrained(folder)
     scenes = load_split("scenes", "test")
     scores = score_matrix(model, *encode(model, processor, scenes, batch_size=50))
+    folds = fold_ranks(scores, scenes.caption_image_index, len(scenes) // GALLERY)
     result = {
-        "scenes": len(scenes),
-        "gallery": GALLERY,
+        "dataset": "scenes",
+        "split": "test",
+        "protocol": f"{len(scenes)} unseen scenes in galleries of {GALLERY}, mean over galleries",
+        "num_images": len(scenes),
+        "num_captions": len(scenes.caption_image_index),
         "date": datetime.date.today().isoformat(),
-        "metrics": fold_metrics(scores, scenes.caption_image_index, len(scenes) // GALLERY),
+        "command": f"python -m granalign_hf.training.demo {folder.name}",
+        "metrics": fold_metrics(scores, scenes.caption_image_index, len(folds)),
+        "intervals": {name: list(interval) for name, interval in bootstrap_interval(folds).items()},
         "pointing": pointing(model, processor, scenes),
     }
     (folder / "metrics-demo.json").write_text(json.dumps(result, indent=2) + "\n")
     caption = min(scenes.captions[0], key=len)  # names objects and nothing else
+    write_model_card(folder)
     figure(align(model, processor, scenes.image(0), caption), folder / "demo.png")
     print(f"{len(scenes)} unseen scenes, galleries of {GALLERY}: rSum {result['metrics']['rsum']:.1f} of 600")
     print(

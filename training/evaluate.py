@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import bootstrap_interval, ranks_to_metrics, retrieval_ranks
+from granalign_hf.model_card import write_model_card
 from granalign_hf.training.arguments import setting
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> dict:
     }
     output = Path(args.output) if args.output else Path(argv[0]) / f"metrics-{args.split}.json"
     output.write_text(json.dumps(result, indent=2) + "\n")
+    if (Path(argv[0]) / "metrics.json").is_file():
+        write_model_card(argv[0])
     print(table(result))
     print(f"written to {output}")
     return result
