@@ -61,9 +61,7 @@ def l2_normalise(tokens: Any) -> Tensor:
     return torch.stack(rows)
 
 
-def saliency(
-    tokens_l2: Any, W1: Any, b1: Any, W2: Any, b2: Any, temperature: float = 1.0, noise: Any = None
-) -> Tensor:
+def saliency(tokens_l2: Any, W1: Any, b1: Any, W2: Any, b2: Any, temperature: float = 1.0, noise: Any = None) -> Tensor:
     """Eq. 1: D = W2 GELU(W1 x + b1) + b2 and A = softmax((D + noise) / temperature)[1], per token.
 
     `tokens_l2` (L, D) already L2-normalised, `W1` (H, D), `b1` (H,), `W2` (2, H), `b2` (2,); exact (erf) GELU.
@@ -281,9 +279,7 @@ def token_similarity(
     return sum(weight * level for weight, level in zip(level_weights, levels, strict=True))
 
 
-def var_of_uncertain_score(
-    words_hat: Any, means: Any, log_vars: Any, assignment: Any, word_mask: Any = None
-) -> Tensor:
+def var_of_uncertain_score(words_hat: Any, means: Any, log_vars: Any, assignment: Any, word_mask: Any = None) -> Tensor:
     """Variance of S_unc under the noise of eq. 5-6, the arg-maxes of eq. 7 held at U = mu (METHOD, exact fact 3).
 
     g_k = sum over words w whose best region is k of t^_w / Lt, plus t^_{w*(k)} / K with w*(k) the best word of k;
@@ -334,9 +330,7 @@ def chan_score(
     raise ValueError(f"`pooling` must be 'mean' or 'logsumexp', got {pooling!r}.")
 
 
-def vse_score(
-    words: Any, patches: Any, word_mask: Any = None, patch_mask: Any = None, pooling: str = "mean"
-) -> Tensor:
+def vse_score(words: Any, patches: Any, word_mask: Any = None, patch_mask: Any = None, pooling: str = "mean") -> Tensor:
     """VSE++ (BMVC 2018): real tokens pooled per feature ("mean" or "max"), then the cosine. Returns a scalar.
 
     Tokens are pooled as given, not normalised one by one: only the pooled vectors are. A zero vector scores 0.

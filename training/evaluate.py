@@ -25,7 +25,7 @@ from granalign_hf.model_card import write_model_card
 from granalign_hf.training.arguments import setting
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures
-from granalign_hf.training.runtime import set_up_torch
+from granalign_hf.training.runtime import portable, set_up_torch
 
 IMAGE_FIELDS = ("patch_embeds", "patch_mask", "patch_saliency", "region_means", "region_embeds")
 TEXT_FIELDS = ("word_embeds", "word_mask", "word_saliency")
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
         "num_images": len(data),
         "num_captions": len(data.caption_image_index),
         "date": datetime.date.today().isoformat(),
-        "command": "accelerate launch training/evaluate.py " + " ".join(argv),
+        "command": portable("accelerate launch training/evaluate.py " + " ".join(argv)),
         "metrics": ranks_to_metrics(ranks),
         "intervals": {name: list(interval) for name, interval in bootstrap_interval(ranks).items()},
         "diagnostics": diagnostics(image, text),

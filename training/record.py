@@ -9,7 +9,7 @@ from pathlib import Path
 
 from granalign_hf.training.arguments import RunArguments
 from granalign_hf.training.data import CaptionedImages
-from granalign_hf.training.runtime import hardware
+from granalign_hf.training.runtime import hardware, portable
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "granalign-hf")
 
@@ -20,7 +20,7 @@ def run_record(run: RunArguments, command: str, train_data: CaptionedImages, sta
     best = next((r for r in state["history"] if r["epoch"] == state["best_epoch"]), {})
     return {
         "recipe": next((word for word in command.split() if word.endswith(".yaml")), "demo-scenes.yaml"),
-        "command": command,
+        "command": portable(command),
         "seed": run.seed,
         "date": datetime.date.today().isoformat(),
         "hours": round(state["seconds"] / 3600, 3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,11 @@ def set_up_torch(matmul_precision: str, num_processes: int = 1) -> None:
     torch.set_float32_matmul_precision(matmul_precision)
     if not torch.cuda.is_available():
         torch.set_num_threads(max((os.cpu_count() or 1) // num_processes, 1))
+
+
+def portable(command: str) -> str:
+    """A command as it may be published: of an absolute path only the last name stays."""
+    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in command.split())
 
 
 def hardware() -> str:
