@@ -61,8 +61,8 @@ class GranAlignConfig(PreTrainedConfig):
             Side of the square of neighbouring patches that are averaged into one before they are projected.
 
     Raises:
-        StrictDataclassError: a value out of its range or of the wrong type, or a `pooling` that the aligner does not have; the
-            message names the field.
+        StrictDataclassError: a value out of its range or of the wrong type, or a `pooling` that the aligner does not have.
+            The message names the field.
     """
 
     model_type = "granalign"
