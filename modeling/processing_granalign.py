@@ -4,11 +4,10 @@ import contextlib
 import os
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, BatchFeature, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import logging
+from transformers.utils import is_numpy_array, logging
 
 from .encoders import load_tokenizer, max_caption_length, side_config
 
@@ -120,7 +119,7 @@ def _read_images(images: Any) -> Any:
         return _open(images)
     if isinstance(images, Image.Image):
         return _to_rgb(images, getattr(images, "filename", "") or images)
-    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and (images.ndim == 2 or images.shape[-1] in (1, 3, 4)):
+    if is_numpy_array(images) and images.dtype == "uint8" and (images.ndim == 2 or images.shape[-1] in (1, 3, 4)):
         return _array_to_rgb(images)
     return images
 
@@ -140,13 +139,13 @@ def _to_rgb(image: Image.Image, name: Any) -> Image.Image:
         raise ValueError(f"Image `{name}` has mode {image.mode!r}, whose range is not known. Convert it to 8 bits first.")
     try:
         if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # Pillow decodes late, and a broken PNG is a SyntaxError
         raise ValueError(f"Image `{name}` cannot be read: {error}.") from error
 
 
-def _array_to_rgb(array: np.ndarray) -> Any:
+def _array_to_rgb(array: Any) -> Any:
     if array.ndim == 4:
         return [_array_to_rgb(image) for image in array]
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array).convert("RGB")

@@ -54,9 +54,11 @@ def test_metrics_tell_the_run(trained):
     rsums = [record["validation"]["rsum"] for record in metrics["history"]]
     assert metrics["best_epoch"] == 1 + rsums.index(max(rsums)) == state["best_epoch"]
     assert metrics["validation"]["rsum"] == max(rsums)
+    config = AutoModel.from_pretrained(folder).config
+    names = ("contrastive_original", "contrastive_key", "contrastive_uncertain")
+    weights = dict(zip(names, config.level_weights, strict=True))
+    weights |= {name: getattr(config, f"{name}_weight") for name in ("reconstruction", "kl", "entropy")}
     for record in metrics["history"]:
-        weights = {"contrastive_original": 0.4, "contrastive_key": 0.4, "contrastive_uncertain": 0.2, "reconstruction": 0.01}
-        weights |= {"kl": 0.001, "entropy": 0.01}
         assert math.isclose(record["loss"], sum(w * record[name] for name, w in weights.items()), rel_tol=1e-4)
     assert metrics["num_train_images"] == 24 and metrics["seed"] == 0 and metrics["hours"] > 0
 

@@ -23,7 +23,7 @@ def run_record(run: RunArguments, command: str, train_data: CaptionedImages, sta
         "command": portable(command),
         "seed": run.seed,
         "date": datetime.date.today().isoformat(),
-        "hours": round(state["seconds"] / 3600, 3),
+        "hours": round(state["seconds"] / 3600, 4),
         "started_from": None if before is None else {name: before[name] for name in ("command", "hours", "best_epoch")},
         "hardware": hardware(),
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
