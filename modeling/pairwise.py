@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .product import all_products
+
 SPARSE_SHARE = 1 / 8  # below this share of pairs with a gradient, each image meets only the captions that need it
 
 
@@ -29,6 +31,8 @@ class Products(NamedTuple):
     patch_weights: Tensor  # (1, i, v): 1 / number of patches; 0 on repeated patches
     word_saliency: Tensor | None  # (n, L, 1, 1)
     patch_saliency: Tensor | None  # (1, 1, i, v)
+    word_embeds: Tensor  # (n, L, d)
+    patch_embeds: Tensor  # (i, v, d)
 
 
 Rule = Callable[[Products], list[Tensor]]  # -> one (n, i) score per level
@@ -43,8 +47,12 @@ class Tokens(NamedTuple):
     word_saliency: Tensor | None = None  # (C, w)
     region_embeds: Tensor | None = None  # (B, k, d)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """The same tokens, each of them changed; what is absent stays so."""
+        optional = [None if t is None else change(t) for t in self[2:]]
+        return Tokens(change(self.patch_embeds), change(self.word_embeds), *optional)
 
-@torch.compiler.disable  # the tiles follow the lengths of the captions: a graph would be built anew for every batch
+
 def score_all_pairs(rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None, memory_budget: int) -> Tensor:
     """Scores of every image with every caption, (levels, B, C), in at least float32.
 
@@ -55,14 +63,28 @@ def score_all_pairs(rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: T
     dtype = tokens.patch_embeds.dtype
     if device.type == "cpu" and dtype == torch.float16:
         dtype = torch.float32
-    tokens = Tokens(*(None if t is None else t.to(dtype).contiguous() for t in tokens))
-    if patch_mask is not None and patch_mask.all():
-        patch_mask = None
-    layout = _Layout.of(word_mask, patch_mask, tokens)
+    tokens = tokens.map(lambda t: t.to(dtype).contiguous())
     with torch.autocast(device.type, enabled=False):
-        scores = _AllPairs.apply(rule, layout, memory_budget, *tokens)
+        if torch.compiler.is_exporting():
+            scores = _score_as_one_tile(rule, tokens, word_mask, patch_mask)
+        else:
+            scores = _score_by_tiles(rule, tokens, word_mask, patch_mask, memory_budget)
     scores = scores.masked_fill(~word_mask.any(1), 0)
     return scores if patch_mask is None else scores.masked_fill(~patch_mask.any(1)[:, None], 0)
+
+
+@torch.compiler.disable  # the tiles follow the lengths of the captions: a graph would be built anew for every batch
+def _score_by_tiles(rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None, memory_budget: int) -> Tensor:
+    if patch_mask is not None and patch_mask.all():
+        patch_mask = None
+    return _AllPairs.apply(rule, _Layout.of(word_mask, patch_mask, tokens), memory_budget, *tokens)
+
+
+def _score_as_one_tile(rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None) -> Tensor:
+    """The same scores without a loop over lengths, for a graph of any batch and length (ONNX, torch.export)."""
+    layout = _Layout.of(word_mask, patch_mask, tokens)
+    block = [_Group(torch.arange(word_mask.shape[0], device=word_mask.device), word_mask.shape[1])]
+    return _score_tile(rule, layout, block, slice(None), _pack(tokens, layout, block)[0])
 
 
 class _Layout(NamedTuple):
@@ -72,8 +94,7 @@ class _Layout(NamedTuple):
     patch_weights: Tensor  # (B, v)
     word_index: Tensor  # (C, w): real words first, then the last real word repeated
     word_weights: Tensor  # (C, w)
-    order: Tensor  # (C,) captions by length
-    lengths: list[int]  # their lengths, in that order
+    lengths: Tensor  # (C,), 1 for a caption without words
 
     @classmethod
     def of(cls, word_mask: Tensor, patch_mask: Tensor | None, tokens: Tokens) -> _Layout:
@@ -84,7 +105,6 @@ class _Layout(NamedTuple):
         real_first = word_mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         word_index = real_first.gather(1, torch.minimum(slots, lengths - 1).clamp(min=0))
         word_weights = (slots < lengths).to(dtype) / lengths.clamp(min=1)
-        order = lengths[:, 0].argsort(stable=True)
         if patch_mask is None:
             patch_index = None
             patch_weights = torch.full((num_images, num_patches), 1 / num_patches, dtype=dtype, device=slots.device)
@@ -92,8 +112,7 @@ class _Layout(NamedTuple):
             slots = torch.arange(num_patches, device=patch_mask.device)
             patch_index = torch.where(patch_mask, slots, patch_mask.to(torch.int8).argmax(1, keepdim=True))
             patch_weights = patch_mask.to(dtype) / patch_mask.sum(1, keepdim=True).clamp(min=1)
-        sorted_lengths = lengths[order, 0].clamp(min=1).tolist()
-        return cls(patch_index, patch_weights, word_index, word_weights, order, sorted_lengths)
+        return cls(patch_index, patch_weights, word_index, word_weights, lengths[:, 0].clamp(min=1))
 
 
 class _Group(NamedTuple):
@@ -101,14 +120,14 @@ class _Group(NamedTuple):
     num_words: int  # L, the longest of them
 
 
-def _blocks(layout: _Layout, positions: list[int], max_words: int) -> Iterator[list[_Group]]:
-    """Cuts captions (positions in the sorted order) into groups of nearly equal length, and those into blocks of words.
+def _blocks(lengths_of_captions: Tensor, captions: Tensor, max_words: int) -> Iterator[list[_Group]]:
+    """Cuts captions (numbers) into groups of nearly equal length, and those into blocks of words.
 
     Few launches matter more than few repeated words on a GPU, so groups are coarser there.
     """
-    spread = 1 if layout.order.device.type == "cpu" else 4
-    lengths = [layout.lengths[position] for position in positions]
-    captions = layout.order[positions]
+    spread = 1 if captions.device.type == "cpu" else 4
+    captions = captions[lengths_of_captions[captions].argsort(stable=True)]
+    lengths = lengths_of_captions[captions].tolist()
     block: list[_Group] = []
     words = first = 0
     for stop in range(1, len(lengths) + 1):
@@ -149,19 +168,20 @@ def _images(tokens: Tokens, tile: slice | Tensor) -> Tokens:
 def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice | Tensor, tokens: Tokens) -> Tensor:
     """The packed words of a block with the images of a tile -> (levels, i, captions of the block)."""
     patches, words, patch_saliency, word_saliency, regions = tokens
-    num_images = len(patches)
+    num_images, _, dim = patches.shape
     if layout.patch_index is not None:
         index = layout.patch_index[tile]
         patches = patches.gather(1, index[..., None].expand_as(patches))
         patch_saliency = None if patch_saliency is None else patch_saliency.gather(1, index)
-    sizes = [len(group.captions) * group.num_words for group in block]
+    sizes = [group.captions.shape[0] * group.num_words for group in block]
     none = [None] * len(block)
-    patch_products = (words @ patches.flatten(0, 1).T).split(sizes)
-    region_products = none if regions is None else (words @ regions.flatten(0, 1).T).split(sizes)
+    patch_products = all_products(words, patches.flatten(0, 1)).split(sizes)
+    region_products = none if regions is None else all_products(words, regions.flatten(0, 1)).split(sizes)
     word_saliencies = none if word_saliency is None else word_saliency.split(sizes)
+    parts = zip(block, patch_products, region_products, word_saliencies, words.split(sizes), strict=True)
     scores = []
-    for group, of_patches, of_regions, saliency in zip(block, patch_products, region_products, word_saliencies, strict=True):
-        shape = (len(group.captions), group.num_words)
+    for group, of_patches, of_regions, saliency, of_words in parts:
+        shape = (group.captions.shape[0], group.num_words)
         levels = rule(
             Products(
                 of_patches.view(*shape, num_images, -1),
@@ -170,6 +190,8 @@ def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice | 
                 layout.patch_weights[None, tile],
                 None if saliency is None else saliency.view(*shape, 1, 1),
                 None if patch_saliency is None else patch_saliency[None, None],
+                of_words.view(*shape, dim),
+                patches,
             )
         )
         scores.append(torch.stack(levels).transpose(1, 2))
@@ -183,61 +205,65 @@ def _slices(length: int, step: int) -> list[slice]:
 class _AllPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rule: Rule, layout: _Layout, memory_budget: int, *inputs: Tensor | None) -> Tensor:
-        tokens = Tokens(*inputs)
+        tokens = Tokens._make(inputs)
         num_images, num_patches, _ = tokens.patch_embeds.shape
         columns = max(memory_budget // (tokens.patch_embeds.element_size() * num_patches), 1)  # words x images of a tile
-        scores = None
-        for block in _blocks(layout, list(range(len(layout.lengths))), max(columns // min(8, max(num_images, 1)), 1)):
+        captions = torch.arange(len(layout.lengths), device=layout.lengths.device)
+        scores, order = [], []
+        for block in _blocks(layout.lengths, captions, max(columns // min(8, num_images), 1)):
             packed, _ = _pack(tokens, layout, block)
-            captions = torch.cat([group.captions for group in block])
-            for tile in _slices(num_images, max(columns // len(packed.word_embeds), 1)):
-                tile_scores = _score_tile(rule, layout, block, tile, _images(packed, tile))
-                if scores is None:
-                    scores = tile_scores.new_empty(len(tile_scores), num_images, len(layout.lengths))
-                scores[:, tile, captions] = tile_scores
+            tiles = _slices(num_images, max(columns // len(packed.word_embeds), 1))
+            parts = [_score_tile(rule, layout, block, tile, _images(packed, tile)) for tile in tiles]
+            scores.append(torch.cat(parts, dim=1))
+            order += [group.captions for group in block]
         ctx.save_for_backward(*tokens)
         ctx.rule, ctx.layout, ctx.columns = rule, layout, columns
-        return scores
+        return torch.cat(scores, dim=2)[..., torch.cat(order).argsort()]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        tokens = Tokens(*ctx.saved_tensors)
-        is_wanted = Tokens(*ctx.needs_input_grad[3:])
-        grads = Tokens(*(torch.zeros_like(t, dtype=grad.dtype) if w else None for t, w in zip(tokens, is_wanted)))
+        tokens, layout = Tokens._make(ctx.saved_tensors), ctx.layout
+        is_wanted = dict(zip(Tokens._fields, ctx.needs_input_grad[3:], strict=True))
+        totals = {
+            name: torch.zeros_like(t, dtype=grad.dtype)
+            for name, t in tokens._asdict().items()
+            if t is not None and is_wanted[name]
+        }
         has_grad = (grad != 0).any(0)
         if has_grad.sum() < SPARSE_SHARE * has_grad.numel():
             images_per_tile = 1 if grad.device.type == "cpu" else 16
         else:
-            images_per_tile = max(ctx.columns // max(sum(ctx.layout.lengths), 1), 1)
-        has_grad = has_grad[:, ctx.layout.order]
+            images_per_tile = max(ctx.columns // int(layout.lengths.sum()), 1)
         images = has_grad.any(1).nonzero()[:, 0]  # none without patches: NaN there would reach the words
         tiles = images.split(images_per_tile) if len(images) < len(has_grad) else _slices(len(images), images_per_tile)
         with torch.autocast(grad.device.type, enabled=False):
             for tile in tiles:
-                positions = has_grad[tile].any(0).nonzero()[:, 0].tolist()
-                for block in _blocks(ctx.layout, positions, max(ctx.columns // images_per_tile, 1)):
-                    _add_tile_grads(ctx.rule, ctx.layout, block, tile, tokens, grad, grads)
-        grads = [None if g is None else g.to(t.dtype) for g, t in zip(grads, tokens)]
-        return (None, None, None, *grads)
+                captions = has_grad[tile].any(0).nonzero()[:, 0]
+                for block in _blocks(layout.lengths, captions, max(ctx.columns // images_per_tile, 1)):
+                    _add_tile_grads(ctx.rule, layout, block, tile, tokens, grad, totals)
+        by_input = (totals[n].to(t.dtype) if n in totals else None for n, t in tokens._asdict().items())
+        return (None, None, None, *by_input)
 
 
-def _add_tile_grads(rule, layout, block, tile: slice | Tensor, tokens: Tokens, grad: Tensor, grads: Tokens) -> None:
-    """Recomputes one tile with a graph and adds its gradients in place to `grads`."""
+def _add_tile_grads(
+    rule: Rule,
+    layout: _Layout,
+    block: list[_Group],
+    tile: slice | Tensor,
+    tokens: Tokens,
+    grad: Tensor,
+    totals: dict[str, Tensor],
+) -> None:
+    """Recomputes one tile with a graph and adds its gradients in place to `totals`, which names the wanted inputs."""
     packed, flat = _pack(tokens, layout, block)
-    leaves = Tokens(
-        *(
-            None if t is None else t.detach().to(grad.dtype).requires_grad_(g is not None)
-            for t, g in zip(_images(packed, tile), grads)
-        )
-    )
+    leaves = _images(packed, tile).map(lambda t: t.detach().to(grad.dtype))
+    wanted = [getattr(leaves, name).requires_grad_() for name in totals]
     with torch.enable_grad():
         scores = _score_tile(rule, layout, block, tile, leaves)
     captions = torch.cat([group.captions for group in block])
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    tile_grads = iter(torch.autograd.grad(scores, wanted, grad[:, tile][..., captions], allow_unused=True))
-    for name, leaf, total in zip(Tokens._fields, leaves, grads):
-        part = next(tile_grads) if leaf is not None and leaf.requires_grad else None
+    parts = torch.autograd.grad(scores, wanted, grad[:, tile][..., captions], allow_unused=True)
+    for (name, total), part in zip(totals.items(), parts, strict=True):
         if part is None:
             continue
         if name.startswith("word"):

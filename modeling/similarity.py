@@ -1,14 +1,15 @@
-"""Token similarities: the bidirectional max-mean at three levels (GRM eq. 7) and hard alignment (CHAN).
+"""Token similarities: bidirectional max-mean at three levels (GRM eq. 7), hard alignment (CHAN), cross-attention (SCAN).
 
 Pure functions of tokens and masks; the walk over all pairs is in `pairwise.py`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .pairwise import Products, Rule, Tokens, score_all_pairs
 
@@ -134,6 +135,42 @@ def hard_alignment(
     return score_all_pairs(rules[pooling], Tokens(patch_embeds, word_embeds), word_mask, patch_mask, memory_budget)[0]
 
 
+def cross_attention(
+    patch_embeds: Tensor,
+    word_embeds: Tensor,
+    word_mask: Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    direction: str = "t2i",
+    inverse_temperature: float | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    """SCAN's stacked cross-attention (ECCV 2018): each query attends over all contexts; mean cosine of the two.
+
+    Attention: leaky ReLU (0.1) of <query, context>, L2-normalised over the queries, softmax over the contexts. The attended
+    context c = sum_j a_j x_j is never built: <q, c> = sum_j a_j <q, x_j> and |c|^2 = a' G a with the Gram matrix G of the
+    contexts, so that nothing is larger than a tile of products.
+
+    Args as in [`level_similarities`]. `direction`: `"t2i"` (words attend over patches, inverse temperature 9) or `"i2t"`
+    (patches attend over words, 4).
+
+    Returns:
+        (B, C) scores in [-1, 1], at least float32.
+
+    Raises:
+        ValueError: unknown `direction`, an `inverse_temperature` of 0 or less, or a shape or dtype that does not fit.
+    """
+    if direction not in _CROSS_ATTENTION:
+        raise ValueError(f"`direction` of the cross-attention must be one of {sorted(_CROSS_ATTENTION)}, got {direction!r}.")
+    rule, default = _CROSS_ATTENTION[direction]
+    inverse_temperature = default if inverse_temperature is None else inverse_temperature
+    if inverse_temperature <= 0:
+        raise ValueError(f"`inverse_temperature` must be greater than 0, got {inverse_temperature}.")
+    _check(patch_embeds, word_embeds, word_mask, patch_mask)
+    rule = functools.partial(rule, inverse_temperature=inverse_temperature)
+    return score_all_pairs(rule, Tokens(patch_embeds, word_embeds), word_mask, patch_mask, memory_budget)[0]
+
+
 def _max_mean(products: Tensor, word_weights: Tensor, patch_weights: Tensor | float) -> Tensor:
     """(n, L, i, v) -> (n, i). A maximum is exact in any dtype; the means run in the dtype of the weights."""
     best_patch, best_word = products.amax(3), products.amax(1)
@@ -149,7 +186,7 @@ def _scaled(products: Tensor, *factors: Tensor) -> Tensor:
 
 def _bidirectional(tile: Products) -> list[Tensor]:
     levels = [_max_mean(tile.patches, tile.word_weights, tile.patch_weights)]
-    if tile.patch_saliency is not None:
+    if tile.patch_saliency is not None and tile.word_saliency is not None:
         scaled = _scaled(tile.patches, tile.patch_saliency, tile.word_saliency)
         levels.append(_max_mean(scaled, tile.word_weights, tile.patch_weights))
     if tile.regions is not None:
@@ -169,6 +206,42 @@ def _logsumexp_of_best_patch(temperature: float) -> Rule:
         return [temperature * logits.logsumexp(1)]
 
     return rule
+
+
+def _words_attend(tile: Products, inverse_temperature: float) -> list[Tensor]:
+    products = tile.patches.permute(2, 0, 1, 3)  # (i, n, L, v)
+    cosines = _cosine_with_attended(
+        products, tile.word_embeds, tile.patch_embeds, tile.word_weights > 0, tile.patch_weights[0, :, None, None] > 0,
+        inverse_temperature,
+    )  # fmt: skip
+    return [(cosines * tile.word_weights[..., 0]).sum(2).T]
+
+
+def _patches_attend(tile: Products, inverse_temperature: float) -> list[Tensor]:
+    products = tile.patches.permute(0, 2, 3, 1)  # (n, i, v, L)
+    cosines = _cosine_with_attended(
+        products, tile.patch_embeds, tile.word_embeds, tile.patch_weights[..., None] > 0, tile.word_weights[:, None].mT > 0,
+        inverse_temperature,
+    )  # fmt: skip
+    return [(cosines * tile.patch_weights).sum(2)]
+
+
+def _cosine_with_attended(
+    products: Tensor, queries: Tensor, contexts: Tensor, is_query: Tensor, is_context: Tensor, inverse_temperature: float
+) -> Tensor:
+    """Products (g, m, q, c) of queries (m, q, d) with contexts (g, c, d), and what is real of them -> (g, m, q) cosines."""
+    queries, contexts = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (queries, contexts))
+    products = products.to(queries.dtype)
+    attention = nn.functional.leaky_relu(products, 0.1).masked_fill(~is_query, 0)
+    attention = inverse_temperature * nn.functional.normalize(attention, dim=2)
+    attention = attention.masked_fill(~is_context, -torch.inf).softmax(3)
+    attended_squares = (attention.flatten(1, 2) @ (contexts @ contexts.mT)).view_as(attention).mul(attention).sum(3)
+    squares = queries.square().sum(2) * attended_squares
+    is_zero = squares <= 0  # a query or context of length 0 has no direction: 0, and no gradient
+    return ((attention * products).sum(3) * squares.masked_fill(is_zero, 1).rsqrt()).masked_fill(is_zero, 0)
+
+
+_CROSS_ATTENTION = {"t2i": (_words_attend, 9.0), "i2t": (_patches_attend, 4.0)}
 
 
 def _check(patch_embeds, word_embeds, word_mask, patch_mask=None, patch_saliency=None, word_saliency=None, regions=None):

@@ -6,9 +6,10 @@ import pytest
 import reference
 import torch
 
+from granalign_hf.modeling import product
 from granalign_hf.modeling.losses import contrastive_hinge
 from granalign_hf.modeling.pairwise import SPARSE_SHARE
-from granalign_hf.modeling.similarity import hard_alignment, level_similarities, token_similarity
+from granalign_hf.modeling.similarity import cross_attention, hard_alignment, level_similarities, token_similarity
 
 FLOAT_INPUTS = ("patch_embeds", "word_embeds", "patch_saliency", "word_saliency", "region_embeds")
 TOKENS = ("patch_embeds", "word_embeds", "word_mask", "patch_mask")  # what CHAN takes
@@ -43,7 +44,7 @@ def with_grad(tokens, names=FLOAT_INPUTS):
 
 
 def grads(tokens):
-    return {name: tokens[name].grad for name in FLOAT_INPUTS if tokens[name].grad is not None}
+    return {name: t.grad for name, t in tokens.items() if t.grad is not None}
 
 
 # --- Agreement with the loops ---
@@ -86,6 +87,49 @@ def test_hard_alignment_equals_the_loops(draw_tokens, seed, pooling, dtype):
     assert scores.dtype == dtype
     expected = reference.score_all_pairs(pair_score, **tokens)
     torch.testing.assert_close(scores.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def scan_by_loops(tokens, direction, inverse_temperature):
+    """SCAN pair by pair: the roles of words and patches exchanged for i2t."""
+
+    def pair_score(words, patches, word_mask, patch_mask):
+        if direction == "t2i":
+            return reference.scan_score(words, patches, word_mask, patch_mask, inverse_temperature)
+        return reference.scan_score(patches, words, patch_mask, word_mask, inverse_temperature)
+
+    return reference.score_all_pairs(pair_score, **tokens)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("has_holes", [True, False])
+@pytest.mark.parametrize(("direction", "inverse_temperature"), [("t2i", 9.0), ("i2t", 4.0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_cross_attention_equals_the_loops(draw_tokens, seed, direction, inverse_temperature, has_holes, dtype):
+    tokens = {name: t for name, t in draw_tokens(seed, has_holes=has_holes, dtype=dtype).items() if name in TOKENS}
+    scores = cross_attention(**tokens, direction=direction)
+    assert scores.dtype == dtype
+    expected = scan_by_loops(tokens, direction, inverse_temperature)
+    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    sharper = cross_attention(**tokens, direction=direction, inverse_temperature=2 * inverse_temperature)
+    torch.testing.assert_close(
+        sharper.double(), scan_by_loops(tokens, direction, 2 * inverse_temperature), rtol=0, atol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+def test_cross_attention_has_the_gradients_of_the_loops(draw_tokens, direction):
+    """By tiles of any size; tokens of length 0 have no direction and no gradient, and what is masked has none either."""
+    tokens = {name: t for name, t in draw_tokens(3).items() if name in TOKENS}
+    tokens["patch_embeds"][0, tokens["patch_mask"][0].nonzero()[0]] = 0
+    weights = torch.rand(len(tokens["patch_embeds"]), len(tokens["word_embeds"]), dtype=torch.float64)
+    ours, loops = with_grad(tokens), with_grad(tokens)
+    (cross_attention(**ours, direction=direction, memory_budget=400) * weights).sum().backward()
+    (scan_by_loops(loops, direction, {"t2i": 9.0, "i2t": 4.0}[direction]) * weights).sum().backward()
+    for name, gradient in grads(ours).items():
+        expected = loops[name].grad
+        at_zero = (tokens[name] == 0).all(-1)  # the loops' gradient of a length is not defined there
+        torch.testing.assert_close(gradient[~at_zero], expected[~at_zero], rtol=0, atol=1e-11)
+        assert gradient.isfinite().all()
 
 
 def test_ragged_captions_score_as_if_alone(draw_tokens):
@@ -248,14 +292,14 @@ def test_any_memory_budget_gives_the_same_result(draw_tokens, memory_budget):
     torch.testing.assert_close(hard_alignment(**chan[0], **chan[1]), hard_alignment(**chan[0]), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("score", [token_similarity, level_similarities, hard_alignment])
+@pytest.mark.parametrize("score", [token_similarity, level_similarities, hard_alignment, cross_attention])
 def test_autocast_changes_nothing(draw_tokens, score):
     plain, cast = (
         with_grad(
             {
                 k: t
                 for k, t in draw_tokens(13, dim=64, dtype=torch.float32).items()
-                if score is not hard_alignment or k in TOKENS
+                if score not in (hard_alignment, cross_attention) or k in TOKENS
             }
         )
         for _ in range(2)
@@ -416,3 +460,57 @@ def test_hard_alignment_names_a_bad_input(draw_tokens, changes, message):
     tokens = {name: t for name, t in draw_tokens(22, dtype=torch.float32).items() if name in TOKENS}
     with pytest.raises(ValueError, match=message):
         hard_alignment(**(tokens | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"direction": "both"}, r"`direction` of the cross-attention must be one of \['i2t', 't2i'\], got 'both'"),
+        ({"inverse_temperature": 0.0}, "`inverse_temperature` must be greater than 0, got 0.0"),
+        ({"word_mask": torch.ones(2, 2, dtype=torch.bool)}, "`word_mask` must have shape"),
+    ],
+)
+def test_cross_attention_names_a_bad_input(draw_tokens, changes, message):
+    tokens = {name: t for name, t in draw_tokens(22).items() if name in TOKENS}
+    with pytest.raises(ValueError, match=message):
+        cross_attention(**(tokens | changes))
+
+
+# --- Graphs and kernels ---
+
+
+class Scorer(torch.nn.Module):
+    def __init__(self, score):
+        super().__init__()
+        self.score = score
+
+    def forward(self, patch_embeds, word_embeds, word_mask, patch_mask):
+        return self.score(patch_embeds, word_embeds, word_mask, patch_mask=patch_mask)
+
+
+@pytest.mark.parametrize("score", [token_similarity, hard_alignment, cross_attention])
+def test_an_exported_graph_takes_any_batch_and_length(draw_tokens, score):
+    sides = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    first, second = (
+        [draw_tokens(seed, images=n, captions=n + 1, words=n + 2)[k] for k in TOKENS] for seed, n in ((0, 3), (1, 5))
+    )
+    exported = torch.export.export(Scorer(score), tuple(first), dynamic_shapes=(sides,) * 4).module()
+    torch.testing.assert_close(exported(*second), Scorer(score)(*second), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_onednn_faster", [True, False])
+def test_either_kernel_gives_the_product_and_its_gradients(monkeypatch, is_onednn_faster):
+    monkeypatch.setattr(product, "_is_onednn_faster", lambda: is_onednn_faster)
+    words, patches, upstream = torch.randn(256, 512), torch.randn(1024, 512), torch.randn(256, 1024)
+    leaves = [words.clone().requires_grad_(), patches.clone().requires_grad_()]
+    products = product.all_products(*leaves)
+    assert products.is_contiguous()
+    found = [products.detach(), *torch.autograd.grad(products, leaves, upstream)]
+    words, patches, upstream = words.double(), patches.double(), upstream.double()
+    for ours, exact in zip(found, (words @ patches.T, upstream @ patches, upstream.T @ words), strict=True):
+        assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_the_probe_decides_once():
+    assert product._is_onednn_faster() is product._is_onednn_faster()
+    assert product._is_onednn_faster.cache_info().misses == 1

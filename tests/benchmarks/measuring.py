@@ -1,0 +1,61 @@
+"""Side-by-side timing and peak memory of contenders in one run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; they take turns, so that a slow moment of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            run()
+            if number > 0:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], numerator: str, denominator: str) -> float:
+    """Median over rounds of the quotient of two contenders."""
+    return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))
+
+
+def milliseconds(seconds: dict[str, list[float]], name: str) -> float:
+    return 1000 * statistics.median(seconds[name])
+
+
+def peak_megabytes(prepare: Callable[..., Callable[[], object]], *args) -> float | None:
+    """Peak memory of `prepare(*args)()` above what `prepare` left behind, in a process of its own; `None` if not Linux."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_peak, args=(sender, prepare, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{prepare.__name__}{args} ended without a figure, exit code {process.exitcode}.") from None
+    finally:
+        process.join()
+
+
+def _measure_peak(sender, prepare, args) -> None:
+    run = prepare(*args)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run()
+    sender.send((_status("VmHWM") - before) / 1e6)
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of this process's status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,65 @@
+"""The other side of each ratio computes the same scores; figures in the committed file come from such a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from granalign_hf.modeling.regions import sample_regions
+from granalign_hf.modeling.similarity import cross_attention, hard_alignment, level_similarities, token_similarity
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return pytest.importorskip("peers")
+
+
+@pytest.fixture
+def tokens(draw_tokens):
+    drawn = draw_tokens(0, captions=6, words=7)
+    lengths = torch.tensor([7, 1, 3, 5, 2, 4])
+    return drawn | {"word_mask": torch.arange(7) < lengths[:, None], "patch_mask": None}
+
+
+@pytest.mark.parametrize(
+    ("peer", "ours"),
+    [
+        ("einsum_max_mean", token_similarity),
+        ("caption_loop_max_mean", token_similarity),
+        ("einsum_hard_alignment", hard_alignment),
+        ("caption_loop_cross_attention", cross_attention),
+    ],
+)
+def test_a_published_form_gives_our_scores(peers, tokens, peer, ours):
+    plain = [tokens[name] for name in ("patch_embeds", "word_embeds", "word_mask")]
+    torch.testing.assert_close(getattr(peers, peer)(*plain), ours(*plain), rtol=0, atol=1e-12)
+
+
+def test_the_naive_three_levels_are_ours(peers, tokens):
+    names = ("patch_embeds", "word_embeds", "word_mask", "patch_saliency", "word_saliency", "region_embeds")
+    naive = peers.einsum_three_levels(*(tokens[name] for name in names))
+    torch.testing.assert_close(naive, level_similarities(**tokens), rtol=0, atol=1e-12)
+
+
+def test_noise_for_every_patch_has_our_moments(peers):
+    """The exact K x d form: mean within four standard errors, standard deviation within 4 %, feature by feature."""
+    torch.manual_seed(0)
+    assignment = torch.rand(1, 6, 2).softmax(1).expand(20_000, -1, -1)
+    means, log_vars = (torch.randn(1, 2, 3).expand(20_000, -1, -1) for _ in range(2))
+    ours, naive = (f(assignment, means, log_vars) for f in (sample_regions, peers.patchwise_region_noise))
+    error = 4 * (2 / 20_000) ** 0.5 * naive.std(0)
+    assert ((ours.mean(0) - naive.mean(0)).abs() < error).all()
+    torch.testing.assert_close(ours.std(0), naive.std(0), rtol=0.04, atol=0)
+
+
+def test_committed_figures_are_complete_and_dated():
+    path = BENCHMARKS / "similarity.json"
+    sections = json.loads(path.read_text())
+    assert set(sections) == {
+        "one_level", "three_levels", "other_aligners", "training", "gallery", "region_noise", "precision"
+    }  # fmt: skip
+    assert all(section["date"] and section["rows"] for section in sections.values())
