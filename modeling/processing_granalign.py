@@ -7,7 +7,8 @@ from typing import Any
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, BatchFeature, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import is_numpy_array, logging
+from transformers.tokenization_utils_base import LARGE_INTEGER
+from transformers.utils import is_numpy_array, is_torch_tensor, logging
 
 from .encoders import load_tokenizer, max_caption_length, side_config
 
@@ -18,11 +19,13 @@ class GranAlignProcessor(ProcessorMixin):
     r"""
     Images to `pixel_values`, captions to `input_ids` and `attention_mask`.
 
-    Rules for images: a path is read, and turned as its EXIF tag says. Any mode becomes RGB: grey is repeated, transparency
-    dropped, 16-bit grey scaled to 8 bits. An array of bytes is a grey or colour image with the channels last; other arrays
-    and tensors go to the image processor as they are.
+    Rules for images: a path is read. A picture is turned as its EXIF tag says, and any mode becomes RGB: grey is repeated,
+    transparency dropped, 16-bit grey scaled to 8 bits. An array of bytes is a grey or colour image with the channels last;
+    other arrays and tensors go to the image processor, which takes their values as 0 to 255: pass `do_rescale=False` for
+    values in 0 to 1.
 
-    Rules for captions: they are padded to the longest, and truncated, with a warning, to what the text encoder takes.
+    Rules for captions: they are padded to the longest, and truncated, with a warning, to the `model_max_length` of the
+    tokenizer, which is what the text encoder takes. A truncation saved with the tokenizer does not count.
 
     Args:
         image_processor: any Transformers image processor. tokenizer: any Transformers tokenizer.
@@ -36,25 +39,49 @@ class GranAlignProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            images: a PIL image, array, tensor or path, or a list of them. text: a caption or a list of captions.
+            images: a PIL image, path, array or tensor, or a list of them. text: a caption or a list of captions.
             kwargs: as in any `ProcessorMixin`, such as `return_tensors="pt"`.
 
         Returns:
             [`BatchFeature`] with `pixel_values` (B, channels, height, width), `input_ids` and `attention_mask` (C, Lt).
 
         Raises:
-            ValueError: an image that cannot be read, an empty caption, or neither images nor text.
+            ValueError: what is no image or cannot be read, an empty caption, an empty list, or neither images nor text.
         """
         if images is None and text is None:
             raise ValueError("GranAlignProcessor needs `images`, `text`, or both; got neither.")
         if text is not None:
             _check_captions(text)
+            kwargs = self._with_max_length(kwargs)
         if images is not None:
             images = _read_images(images)
+            self._warn_of_scaled_pixels(images, kwargs)
         features = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None:
-            self._warn_of_truncation([text] if isinstance(text, str) else text, features["input_ids"])
+            captions = [text] if isinstance(text, str) else text
+            self._warn_of_truncation(captions, features["input_ids"])
+            self._warn_of_unknown_words(captions, features["input_ids"])
         return features
+
+    def _with_max_length(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Some tokenizer files carry a truncation shorter than the encoder takes, which `ProcessorMixin` would apply."""
+        has_own = "max_length" in self.tokenizer.init_kwargs and self.tokenizer.model_max_length < LARGE_INTEGER
+        text_kwargs = kwargs.get("text_kwargs", {})
+        if not has_own or "max_length" in kwargs or "max_length" in text_kwargs:
+            return kwargs
+        return kwargs | {"text_kwargs": text_kwargs | {"max_length": self.tokenizer.model_max_length}}
+
+    def _warn_of_scaled_pixels(self, images: Any, kwargs: dict[str, Any]) -> None:
+        """Values in 0..1 divided by 255 once more are black to the model."""
+        given = kwargs.get("images_kwargs", {}) | kwargs
+        if not given.get("do_rescale", getattr(self.image_processor, "do_rescale", False)):
+            return
+        for image in images if isinstance(images, list | tuple) else [images]:
+            if "float" in str(getattr(image, "dtype", "")) and 0 < image.max() <= 1 and image.min() >= 0:
+                logger.warning_once(
+                    "Images have values in 0 to 1 and are divided by 255 again. Pass `do_rescale=False`, or values in 0 to "
+                    "255."
+                )
 
     def _warn_of_truncation(self, captions: list, input_ids: Any) -> None:
         """Counts captions that lost words: only where the longest row is full can there be one."""
@@ -68,6 +95,18 @@ class GranAlignProcessor(ProcessorMixin):
             logger.warning(
                 f"{num_cut} of {len(captions)} captions were cut to the {longest} tokens that the text encoder takes (the "
                 f"longest has {max(lengths)})."
+            )
+
+    def _warn_of_unknown_words(self, captions: list, input_ids: Any) -> None:
+        rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
+        rows = [rows] if isinstance(rows[0], int) else rows
+        unknown = self.tokenizer.unk_token_id
+        special = {*self.tokenizer.all_special_ids} - {unknown}
+        lost = [caption for caption, row in zip(captions, rows) if {*row} - special == {unknown}]
+        if lost:
+            logger.warning(
+                f"{len(lost)} of {len(captions)} captions have no word that the tokenizer knows, so that they match nothing "
+                f"in particular. The first: {lost[0]!r}."
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str]:
@@ -111,23 +150,67 @@ def _check_captions(text: Any) -> None:
             raise ValueError(f"Caption {position} must be a string, got {type(caption).__name__}: {caption!r}.")
 
 
+def read_image(image: Any) -> Image.Image:
+    r"""
+    A picture in RGB, by the rules of [`GranAlignProcessor`].
+
+    Args:
+        image: a PIL image, the path of an image file, or a numpy array of bytes, grey or with the channels last.
+
+    Raises:
+        ValueError: it is none of these, or cannot be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        return _open(image)
+    if isinstance(image, Image.Image):
+        return _to_rgb(image, getattr(image, "filename", "") or image)
+    if _is_picture(image):
+        return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image).convert("RGB")
+    raise ValueError(
+        "`image` must be a PIL image, the path of an image file, or an array of bytes with the channels last, got "
+        f"{_kind(image)}."
+    )
+
+
 def _read_images(images: Any) -> Any:
-    """Paths, PIL images and arrays of bytes become RGB images; other arrays, tensors and URLs pass through."""
-    if isinstance(images, list | tuple):
-        return [_read_images(image) for image in images]
-    if isinstance(images, str | os.PathLike) and not str(images).startswith(("http://", "https://", "data:")):
-        return _open(images)
-    if isinstance(images, Image.Image):
-        return _to_rgb(images, getattr(images, "filename", "") or images)
-    if is_numpy_array(images) and images.dtype == "uint8" and (images.ndim == 2 or images.shape[-1] in (1, 3, 4)):
-        return _array_to_rgb(images)
-    return images
+    if not isinstance(images, list | tuple):
+        return _read_one(images, 0)
+    if len(images) == 0:
+        raise ValueError("`images` must be an image or a list of at least one image, got an empty list.")
+    return [_read_one(image, position) for position, image in enumerate(images)]
+
+
+def _read_one(image: Any, position: int) -> Any:
+    """An RGB image; other arrays, tensors and URLs pass through to the image processor."""
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+        return image
+    if isinstance(image, str | os.PathLike | Image.Image) or _is_picture(image):
+        return read_image(image)
+    if not (is_numpy_array(image) or is_torch_tensor(image)) or image.ndim not in (3, 4) or 0 in image.shape:
+        raise ValueError(
+            f"Image {position} must be a PIL image, a path, or an array or tensor of 3 dimensions, got {_kind(image)}."
+        )
+    if is_numpy_array(image) and image.ndim == 4:
+        return [_read_one(one, position) for one in image]
+    return image
+
+
+def _is_picture(image: Any) -> bool:
+    """Whether an array of bytes is grey or has its channels last."""
+    if not is_numpy_array(image) or image.dtype != "uint8" or 0 in image.shape:
+        return False
+    return image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (1, 3, 4))
+
+
+def _kind(image: Any) -> str:
+    shape = getattr(image, "shape", None)
+    return type(image).__name__ + ("" if shape is None else f" of {image.dtype} with shape {tuple(shape)}")
 
 
 def _open(path: str | os.PathLike) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image), path)
+            return _to_rgb(image, path)
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"Image `{path}` cannot be read: {error}. Pass a PIL image or the path of an image file."
@@ -138,6 +221,7 @@ def _to_rgb(image: Image.Image, name: Any) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"Image `{name}` has mode {image.mode!r}, whose range is not known. Convert it to 8 bits first.")
     try:
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         return image.convert("RGB")
@@ -145,10 +229,4 @@ def _to_rgb(image: Image.Image, name: Any) -> Image.Image:
         raise ValueError(f"Image `{name}` cannot be read: {error}.") from error
 
 
-def _array_to_rgb(array: Any) -> Any:
-    if array.ndim == 4:
-        return [_array_to_rgb(image) for image in array]
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array).convert("RGB")
-
-
-__all__ = ["GranAlignProcessor"]
+__all__ = ["GranAlignProcessor", "read_image"]

@@ -1,5 +1,6 @@
 """The processor: images of any kind, captions of any length, and one clear error for what is neither."""
 
+import json
 import logging
 
 import numpy as np
@@ -7,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from tiny import TEXT, VISION, tiny_inputs, tiny_model, tiny_processor, tiny_tokenizer
-from transformers import RobertaTokenizer, ViTImageProcessorPil
+from transformers import AutoTokenizer, RobertaTokenizer, ViTImageProcessorPil
+from transformers.utils import logging as logging_of_transformers
 
 from granalign_hf import GranAlignProcessor
+from granalign_hf.explanation import words_of
+from granalign_hf.modeling.processing_granalign import read_image
 
 
 @pytest.fixture
@@ -108,11 +112,27 @@ def test_grey_arrays_become_rgb():
         assert is_close(pixels(array), expected(Image.fromarray(grey)))
 
 
-def test_a_path_is_turned_as_its_exif_tag_says(tmp_path):
+def test_a_picture_is_turned_as_its_exif_tag_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees clockwise
     picture().save(tmp_path / "image.png", exif=exif)
-    assert is_close(pixels(tmp_path / "image.png"), expected(picture().transpose(Image.Transpose.ROTATE_270)))
+    upright = picture().transpose(Image.Transpose.ROTATE_270)
+    with Image.open(tmp_path / "image.png") as opened:
+        for image in (tmp_path / "image.png", opened):
+            assert is_close(pixels(image), expected(upright))
+            assert np.array_equal(read_image(image), upright)
+
+
+def test_read_image_takes_what_it_can_show(tmp_path):
+    image = picture((5, 3))
+    image.save(tmp_path / "image.png")
+    array = np.asarray(image)
+    for one in (image, tmp_path / "image.png", str(tmp_path / "image.png"), array):
+        assert read_image(one).mode == "RGB" and np.array_equal(read_image(one), array)
+    assert np.array_equal(read_image(array[..., :1]), read_image(array[..., 0]))
+    for wrong, kind in ((3, "int"), (None, "NoneType"), (array / 255, r"ndarray of float64 with shape \(3, 5, 3\)")):
+        with pytest.raises(ValueError, match=f"`image` must be a PIL image, the path of an image file, .* got {kind}"):
+            read_image(wrong)
 
 
 def broken_files(folder):
@@ -147,11 +167,40 @@ def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
         pixels(tmp_path / "huge.png")
 
 
-def test_what_is_no_image_is_refused():
-    with pytest.raises((ValueError, TypeError)):
-        pixels(3)
-    with pytest.raises((ValueError, TypeError)):
-        pixels([None])
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "`images` must be an image or a list of at least one image, got an empty list"),
+        (3, "Image 0 must be a PIL image, a path, or an array or tensor of 3 dimensions, got int"),
+        ([picture(), None], "Image 1 must be a PIL image, .* got NoneType"),
+        ([picture(), b"bytes"], "Image 1 must be a PIL image, .* got bytes"),
+        ([[picture()]], "Image 0 must be a PIL image, .* got list"),
+        (np.zeros((4, 4)), r"Image 0 .* 3 dimensions, got ndarray of float64 with shape \(4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"Image 0 .* got ndarray of uint8 with shape \(0, 4, 3\)"),
+        ([torch.zeros(4, 4)], r"Image 0 .* got Tensor of torch.float32 with shape \(4, 4\)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_is_refused_by_its_position(images, message):
+    with pytest.raises(ValueError, match=message):
+        pixels(images)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "batch"])
+def test_values_that_are_scaled_already_are_announced(kind, log):
+    """As Transformers has it, `do_rescale` says what the values are: they are never guessed."""
+    image = torch.from_numpy(np.asarray(picture()) / 255)
+    image = {"array": image.numpy(), "tensor": image.permute(2, 0, 1), "batch": image.numpy()[None]}[kind]
+    logging_of_transformers.warning_once.cache_clear()
+    black = tiny_processor()(images=image, return_tensors="pt")["pixel_values"]
+    assert black.max() < -0.99 and "Pass `do_rescale=False`" in log.text
+    log.clear()
+    logging_of_transformers.warning_once.cache_clear()
+    for given in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
+        values = tiny_processor()(images=image, return_tensors="pt", **given)["pixel_values"]
+        assert is_close(values.float(), expected(picture()))
+    pixels([np.asarray(picture()), np.asarray(picture()).astype("float32"), np.zeros((16, 16, 3))])
+    assert log.text == ""
 
 
 # --- captions ---
@@ -192,6 +241,47 @@ def test_captions_that_just_fit_are_not_announced(log):
     processor(text=["a red blue dog"])
     processor(text=["a dog"], padding="max_length")
     assert log.text == ""
+
+
+@pytest.fixture
+def tokenizer_with_own_truncation(tmp_path):
+    """As that of MiniLM: its file cuts at 8 tokens, its encoder takes 12."""
+    tokenizer = tiny_tokenizer(model_max_length=12)
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["truncation"] = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    file.write_text(json.dumps(content))
+    return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+def test_a_truncation_saved_with_the_tokenizer_does_not_count(tokenizer_with_own_truncation, log, tmp_path):
+    processor = GranAlignProcessor(ViTImageProcessorPil(), tokenizer_with_own_truncation)
+    processor.save_pretrained(tmp_path / "processor")
+    for one in (processor, GranAlignProcessor.from_pretrained(tmp_path / "processor")):
+        caption = "a red dog and the blue cat"
+        assert len(one(text=caption)["input_ids"]) == 9
+        assert len(words_of(caption, one.tokenizer)) == 7
+        assert log.text == ""
+        assert len(one(text=caption + " on a circle of dog")["input_ids"]) == 12
+        assert "1 of 1 captions were cut to the 12 tokens that the text encoder takes (the longest has 14)" in log.text
+        log.clear()
+        for given in ({"max_length": 5}, {"text_kwargs": {"max_length": 5}}):
+            assert len(one(text=caption, **given)["input_ids"]) == 5
+
+
+def test_captions_of_unknown_words_are_announced(log):
+    processor = tiny_processor()
+    processor(text=["a zebra", "dog"], return_tensors="pt")
+    assert log.text == ""
+    for given in ({}, {"return_tensors": "pt"}):
+        processor(text=["a dog", "purple zebra", "zebra"], **given)
+        message = "2 of 3 captions have no word that the tokenizer knows, so that they match nothing in particular"
+        assert f"{message}. The first: 'purple zebra'." in log.text
+        log.clear()
+    processor(text="zebra")
+    assert "1 of 1 captions have no word" in log.text
 
 
 @pytest.mark.parametrize(
