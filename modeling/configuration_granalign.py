@@ -50,6 +50,7 @@ class GranAlignConfig(PreTrainedConfig):
             Weight of the entropy of the region affinities [L_ent]; positive: minimised, as printed in the paper.
         use_special_tokens (`bool`, defaults to `True`):
             Whether CLS, SEP and other special tokens take part as words. A caption of special tokens only keeps them.
+            `False` needs `special_token_ids` where `text_config` declares none but padding, as that of BERT.
         use_prefix_tokens (`bool`, defaults to `False`):
             Whether class and register tokens take part as patches; they stand before the grid then.
         special_token_ids (`list[int]`, *optional*):
@@ -61,6 +62,7 @@ class GranAlignConfig(PreTrainedConfig):
             Side of the square of neighbouring patches that are averaged into one before they are projected.
 
     Raises:
+        ValueError: special tokens shall take no part, but their ids are not known.
         StrictDataclassError: a value out of its range or of the wrong type, or a `pooling` that the aligner does not have.
             The message names the field.
     """
@@ -97,6 +99,12 @@ class GranAlignConfig(PreTrainedConfig):
             self.num_prefix_tokens = num_prefix_tokens(self.vision_config)
         if self.special_token_ids is None:
             self.special_token_ids = special_token_ids(self.text_config)
+            if not self.use_special_tokens and {*self.special_token_ids} <= {self.text_config.pad_token_id}:
+                raise ValueError(
+                    "`use_special_tokens=False` needs the ids of the special tokens, but `text_config` "
+                    f"({self.text_config.model_type}) declares none besides padding. Pass `special_token_ids`, for example "
+                    "`tokenizer.all_special_ids` without the unknown and the mask token."
+                )
 
     def validate_aligner(self):
         """Part of the `@strict` validation: ranges, and combinations that no aligner has."""

@@ -12,13 +12,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .aligners import ALIGNERS
+from .checks import check_captions, check_encoder, check_fields, check_tensor, positive_pairs
 from .configuration_granalign import GranAlignConfig
 from .encoders import (
     build_encoder,
     check_image_size,
     feature_size,
     load_encoder,
-    max_caption_length,
     patch_tokens,
     reduce_to_tokens,
     tokenizer_special_ids,
@@ -67,6 +67,9 @@ class GranAlignModel(GranAlignPreTrainedModel):
         vision_model, text_model (`PreTrainedModel`, *optional*): encoders to use instead of random ones. They lose their
             pooling layers, and their configs become those of this model.
 
+    Raises:
+        ValueError: neither a config nor both encoders, or an encoder that takes the input of the other side.
+
     Example:
 
     ```python
@@ -98,6 +101,8 @@ class GranAlignModel(GranAlignPreTrainedModel):
         super().__init__(config)
         self.vision_model = build_encoder(config.vision_config) if vision_model is None else vision_model
         self.text_model = build_encoder(config.text_config) if text_model is None else text_model
+        check_encoder(self.vision_model, "vision", "pixel_values")
+        check_encoder(self.text_model, "text", "input_ids")
         # One config object a side: what is set on the model's config reaches every layer of the encoder.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         reduce_to_tokens(self.vision_model)
@@ -125,18 +130,21 @@ class GranAlignModel(GranAlignPreTrainedModel):
         Tokens of images, ready to be scored.
 
         Args:
-            pixel_values: (B, channels, height, width).
+            pixel_values: (B, channels, height, width), cast to the dtype of the encoder.
             interpolate_pos_encoding: passed to encoders that have this argument, for sizes they were not trained on.
             vision_model_output: the encoder's output, where it is at hand (frozen encoders); its images then have the
                 `image_size` of `vision_config`.
 
         Raises:
-            ValueError: neither input is given, the images have another size than the encoder's positions, or its tokens do
-                not fill the grid that its config promises.
+            ValueError: neither input is given, `pixel_values` is no tensor of four dimensions, the images have another size
+                than the encoder's positions, or its tokens do not fill the grid that its config promises.
         """
         if vision_model_output is None:
             if pixel_values is None:
                 raise ValueError("Images are missing: pass `pixel_values` as returned by GranAlignProcessor.")
+            check_tensor("pixel_values", pixel_values, "(B, channels, height, width)")
+            if pixel_values.is_floating_point():  # processors return float32, whatever the model's dtype
+                pixel_values = pixel_values.to(self.vision_model.dtype)
             if interpolate_pos_encoding and _accepts(self.vision_model, "interpolate_pos_encoding"):
                 kwargs["interpolate_pos_encoding"] = True
             elif not interpolate_pos_encoding:
@@ -175,21 +183,12 @@ class GranAlignModel(GranAlignPreTrainedModel):
             text_model_output: the encoder's output, where it is at hand (frozen encoders).
 
         Raises:
-            ValueError: `input_ids` is missing or longer than the encoder takes, or `attention_mask` has another shape.
+            ValueError: `input_ids` is missing, no tensor of two dimensions, or longer than the encoder takes, or
+                `attention_mask` is no tensor of the same shape.
         """
         if input_ids is None:
             raise ValueError("Captions are missing: pass `input_ids` as returned by GranAlignProcessor.")
-        longest = max_caption_length(self.config.text_config)
-        if longest is not None and input_ids.shape[1] > longest:
-            raise ValueError(
-                f"`input_ids` has {input_ids.shape[1]} tokens a caption, but the text encoder takes at most {longest}. "
-                "GranAlignProcessor truncates; with another tokenizer pass `truncation=True`."
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}. Pass both as returned by GranAlignProcessor."
-            )
+        check_captions(self.config.text_config, input_ids, attention_mask)
         if text_model_output is None:
             optional = {"position_ids": position_ids, "token_type_ids": token_type_ids}
             kwargs.update({name: value for name, value in optional.items() if value is not None})
@@ -244,7 +243,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
             for name, weight, scores in zip(self.aligner.level_names, self.aligner.level_weights, levels, strict=True)
         }
         weighted |= self.aligner.regularisers(image)
-        loss = sum(weight * value for weight, value in weighted.values())
+        loss = torch.stack([weight * value for weight, value in weighted.values()]).sum()
         return loss, {name: value for name, (_, value) in weighted.items()}
 
     @can_return_tuple
@@ -289,7 +288,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
         logits_per_image = self._weigh_levels(levels)
         loss = loss_terms = None
         if return_loss:
-            positives = _positives(*logits_per_image.shape, image_ids, caption_image_ids, logits_per_image.device)
+            positives = positive_pairs(logits_per_image, image_ids, caption_image_ids)
             loss, loss_terms = self.compute_loss(image, levels, positives, use_hard_negatives)
         own = GranAlignOutput.__dataclass_fields__
         tokens = {name: value for side in (image, text) for name, value in side.items() if name in own}
@@ -326,7 +325,8 @@ class GranAlignModel(GranAlignPreTrainedModel):
                 come from the tokenizer beside the text encoder, where there is one.
 
         Raises:
-            ValueError: there are no weights of such an encoder at a path.
+            ValueError: there are no weights of such an encoder at a path, an encoder takes the input of the other side, or
+                an argument is no field of [`GranAlignConfig`].
         """
         shared = {"dtype": kwargs.pop("dtype", torch.float32)}
         if "attn_implementation" in kwargs:
@@ -335,6 +335,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
             side: {k.removeprefix(side): kwargs.pop(k) for k in list(kwargs) if k.startswith(side)}
             for side in ("vision_", "text_")
         }
+        check_fields(kwargs)
         vision_model = load_encoder(vision_model_name_or_path, "vision_config", **(shared | own["vision_"]))
         text_model = load_encoder(text_model_name_or_path, "text_config", **(shared | own["text_"]))
         if kwargs.get("special_token_ids") is None:
@@ -352,9 +353,9 @@ class GranAlignModel(GranAlignPreTrainedModel):
 
 
 def _unit_length(tokens: Tensor) -> Tensor:
-    """Tokens of length 1 in float32: half precision is too coarse for maxima and rankings. A zero token stays zero."""
+    """Tokens of length 1, at least float32: half precision is too coarse for maxima and rankings. Zero stays zero."""
     with torch.autocast(tokens.device.type, enabled=False):
-        return nn.functional.normalize(tokens.float(), dim=-1)
+        return nn.functional.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
 
 
 def _encoder_output(features: GranAlignImageOutput | GranAlignTextOutput) -> BaseModelOutput:
@@ -363,30 +364,6 @@ def _encoder_output(features: GranAlignImageOutput | GranAlignTextOutput) -> Bas
 
 def _accepts(module: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(module.forward).parameters
-
-
-def _positives(
-    num_images: int,
-    num_captions: int,
-    image_ids: Tensor | None,
-    caption_image_ids: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """(B, C) bool: which caption describes which image."""
-    if caption_image_ids is None and num_images != num_captions:
-        raise ValueError(
-            f"The loss needs the image of each caption: got {num_images} images and {num_captions} captions without "
-            "`caption_image_ids`. Pass `image_ids` (B,) and `caption_image_ids` (C,)."
-        )
-    image_ids = torch.arange(num_images, device=device) if image_ids is None else image_ids
-    caption_image_ids = image_ids if caption_image_ids is None else caption_image_ids
-    for name, ids, length in (
-        ("image_ids", image_ids, num_images),
-        ("caption_image_ids", caption_image_ids, num_captions),
-    ):
-        if ids.shape != (length,):
-            raise ValueError(f"`{name}` must have shape ({length},), got {tuple(ids.shape)}.")
-    return image_ids[:, None] == caption_image_ids[None, :]
 
 
 __all__ = [

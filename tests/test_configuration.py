@@ -149,3 +149,13 @@ def test_token_rules_come_from_the_encoders_unless_given():
     assert config.num_prefix_tokens == 1 and config.special_token_ids == [5, 6, 7]
     config = GranAlignConfig.from_vision_text_configs(ViTConfig(), text, num_prefix_tokens=0, special_token_ids=[])
     assert config.num_prefix_tokens == 0 and config.special_token_ids == []
+
+
+def test_special_tokens_can_be_left_out_only_where_their_ids_are_known():
+    """BERT's config declares padding only: [CLS] and [SEP] would be scored as words."""
+    message = r"`use_special_tokens=False` needs the ids .* \(bert\) declares none besides padding. Pass `special_token_ids`"
+    with pytest.raises(ValueError, match=message):
+        GranAlignConfig(use_special_tokens=False)
+    assert GranAlignConfig(use_special_tokens=False, special_token_ids=[0]).special_token_ids == [0]
+    declared = GranAlignConfig(use_special_tokens=False, text_config={"model_type": "bert", "eos_token_id": 3})
+    assert declared.special_token_ids == [0, 3]

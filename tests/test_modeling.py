@@ -389,14 +389,22 @@ def test_half_precision(fields, dtype, tmp_path):
     full = tiny_model(**fields)
     full.save_pretrained(tmp_path)
     half = GranAlignModel.from_pretrained(tmp_path, dtype=dtype)
-    inputs = tiny_inputs()
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    inputs = tiny_inputs()  # pixels in float32, as a processor returns them
     outputs = half(**inputs)
     assert {parameter.dtype for parameter in half.parameters()} == {dtype}
     assert outputs.logits_per_image.dtype == torch.float32
     close(outputs.logits_per_image, full(**tiny_inputs()).logits_per_image, 0.05)
     half.train()(**inputs, return_loss=True).loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in half.parameters())
+
+
+@every_aligner
+def test_double_precision_stays_double(fields):
+    model = tiny_model(**fields)
+    expected = model(**tiny_inputs()).logits_per_image
+    outputs = model.double()(**tiny_inputs(), return_loss=True)
+    assert outputs.patch_embeds.dtype == outputs.logits_per_image.dtype == outputs.loss.dtype == torch.float64
+    close(outputs.logits_per_image.float(), expected)
 
 
 @every_aligner
@@ -435,6 +443,37 @@ def test_weights_of_another_shape_are_refused_by_name(checkpoint, caplog):
     assert "torch.Size([3, 16]) vs model:torch.Size([5, 16])" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def encoders(model, tmp_path_factory):
+    """Folders of a vision and a text encoder."""
+    folder = tmp_path_factory.mktemp("encoders")
+    model.vision_model.save_pretrained(folder / "vision")
+    model.text_model.save_pretrained(folder / "text")
+    return str(folder / "vision"), str(folder / "text")
+
+
+def test_swapped_encoders_are_refused(encoders, model):
+    vision, text = encoders
+    with pytest.raises(ValueError, match="The vision encoder must take `pixel_values`, but BertModel takes `input_ids`"):
+        GranAlignModel.from_vision_text_pretrained(text, text)
+    with pytest.raises(
+        ValueError, match=r"must take `input_ids`, but ViTModel .* \(`text_model_name_or_path`, `text_config`\)"
+    ):
+        GranAlignModel.from_vision_text_pretrained(vision, vision)
+    with pytest.raises(ValueError, match="The vision encoder must take `pixel_values`"):
+        GranAlignModel(vision_model=model.text_model, text_model=model.vision_model)
+
+
+def test_arguments_that_are_no_field_are_refused_by_name(encoders):
+    with pytest.raises(ValueError, match=r"`num_region` is no field of GranAlignConfig\. Did you mean `num_regions`\?"):
+        GranAlignModel.from_vision_text_pretrained(*encoders, num_region=3)
+    with pytest.raises(
+        ValueError, match=r"`zzz` is no field of GranAlignConfig\. Arguments of an encoder begin with `vision_`"
+    ):
+        GranAlignModel.from_vision_text_pretrained(*encoders, zzz=3)
+    assert GranAlignModel.from_vision_text_pretrained(*encoders, num_regions=3, projection_dim=8).config.num_regions == 3
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
@@ -447,6 +486,27 @@ def test_missing_inputs(model, missing, message):
     del inputs[missing]
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"pixel_values": [[0.5]]}, r"`pixel_values` must be a tensor of shape \(B, channels, height, width\), got list"),
+        ({"pixel_values": torch.zeros(3, 16, 16)}, r"`pixel_values` must be .*, got \(3, 16, 16\). Pass `return_tensors="),
+        (
+            {"input_ids": [[5, 6], [7, 8]]},
+            r"`input_ids` must be a tensor of shape \(C, Lt\), got list. Pass `return_tensors=",
+        ),
+        ({"input_ids": torch.ones(7, dtype=torch.long)}, r"`input_ids` must be a tensor of shape \(C, Lt\), got \(7,\)"),
+        ({"attention_mask": [[1] * 7] * 3}, r"`attention_mask` must be a tensor of shape \(C, Lt\), got list"),
+        ({"image_ids": [0, 1, 2]}, "`image_ids` must be a tensor of 3 integers, got list"),
+        ({"caption_image_ids": [0, 1, 2]}, "`caption_image_ids` must be a tensor of 3 integers, got list"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_inputs_of_the_wrong_kind_are_named(model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model(**tiny_inputs() | inputs, return_loss=True)
 
 
 def test_a_mask_of_another_length_is_refused(model):
