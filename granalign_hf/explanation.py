@@ -6,7 +6,6 @@ B images, C captions, Lv patches, Lt word tokens. A box is (x0, y0, x1, y1) in p
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -14,9 +13,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from .modeling.processing_granalign import read_image
 from .modeling.similarity import PAPER_LEVEL_WEIGHTS
 
 Box = tuple[float, float, float, float]
@@ -78,7 +78,7 @@ class Alignment:
     """One picture and one caption, word by word.
 
     Attributes:
-        image: the picture, RGB, in its original size. caption: the sentence.
+        image: the picture, RGB and upright, in its original size. caption: the sentence.
         score: the score that ranks.
         words: all words in the order of the caption; special tokens are left out, and so is what truncation cut off.
         patch_saliency: (rows, columns) in [0, 1]; `None` for aligners without saliency.
@@ -158,13 +158,14 @@ def words_of(caption: str, tokenizer) -> list[Word]:
     return _merge_pieces(caption, tokenizer(caption, truncation=True, return_offsets_mapping=True)["offset_mapping"])
 
 
-def align(model, processor, image: Image.Image | str | os.PathLike, caption: str) -> Alignment:
+def align(model, processor, image: Any, caption: str) -> Alignment:
     r"""
     Align one picture and one caption, with any aligner.
 
     Args:
         model: a [`GranAlignModel`] in evaluation mode. processor: its [`GranAlignProcessor`].
-        image: a PIL image or the path of an image file. caption: a sentence.
+        image: a PIL image, the path of an image file or an array of bytes, read as the processor reads it.
+        caption: a sentence.
 
     Raises:
         ValueError: the image cannot be read, the caption is empty or no string, the tokenizer is not a fast one, or
@@ -185,19 +186,19 @@ def align(model, processor, image: Image.Image | str | os.PathLike, caption: str
     if model.training:
         raise ValueError("`model` is in training mode, where scores are drawn at random. Call `model.eval()` first.")
     _check_caption(caption, processor.tokenizer)
-    picture = _read_picture(image)
+    picture = read_image(image)
     inputs = processor(images=picture, text=caption, return_offsets_mapping=True, return_tensors="pt")
     offsets = inputs.pop("offset_mapping")[0].tolist()
     with torch.no_grad():
-        outputs = model(**inputs.to(model.device, model.dtype))
+        outputs = model(**inputs.to(model.device))
     maps = word_maps(outputs, level_weights=model.aligner.level_weights).cpu()
     area = _visible_area(processor.image_processor, picture.size, inputs["pixel_values"].shape[-2:])
     words = _merge_pieces(caption, offsets)
-    words = [_align_word(word, maps, outputs.word_saliency, area, picture.size) for word in words]
+    aligned = [_align_word(word, maps, outputs.word_saliency, area, picture.size) for word in words]
     saliency = outputs.patch_saliency
     if saliency is not None:
         saliency = _on_grid(outputs, saliency[0].float(), 0, maps[0].numel()).reshape(maps.shape[1:]).cpu()
-    return Alignment(picture, caption, outputs.logits_per_image[0, 0].item(), words, saliency, area)
+    return Alignment(picture, caption, outputs.logits_per_image[0, 0].item(), aligned, saliency, area)
 
 
 def patch_box(row: int, column: int, grid: tuple[int, int], area: Box, image_size: tuple[int, int]) -> Box:
@@ -217,9 +218,10 @@ def patch_box(row: int, column: int, grid: tuple[int, int], area: Box, image_siz
 def _align_word(word: Word, maps: Tensor, word_saliency: Tensor | None, area: Box, size: tuple) -> AlignedWord:
     tokens = list(word.tokens)
     word_map = maps[tokens].mean(0)
-    row, column = divmod(int(word_map.argmax()), word_map.shape[1])
+    rows, columns = word_map.shape
+    row, column = divmod(int(word_map.argmax()), columns)
     saliency = None if word_saliency is None else word_saliency[0, tokens].float().mean().item()
-    box = patch_box(row, column, tuple(word_map.shape), area, size)
+    box = patch_box(row, column, (rows, columns), area, size)
     own = {field.name: getattr(word, field.name) for field in fields(word)}
     return AlignedWord(**own, saliency=saliency, map=word_map, box=box)
 
@@ -287,16 +289,6 @@ def _is_content(text: str) -> bool:
 
 
 # The picture --------------------------------------------------------------------------------------------------------
-
-
-def _read_picture(image: Any) -> Image.Image:
-    try:
-        picture = Image.open(image) if isinstance(image, str | os.PathLike) else image
-        if isinstance(picture, Image.Image):
-            return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"`image` cannot be read: {error}. Pass a PIL image or the path of an image file.") from error
-    raise ValueError(f"`image` must be a PIL image or the path of an image file, got {type(image).__name__}.")
 
 
 def _visible_area(image_processor: Any, image_size: tuple[int, int], pixel_size: Sequence[int]) -> Box:

@@ -293,12 +293,32 @@ def test_align_reads_files_and_refuses_what_is_no_picture(tmp_path):
     assert align(model, processor, tmp_path / "picture.png", "a dog").image.mode == "RGB"
     assert align(model, processor, Image.new("L", (1, 1)), "a dog").words[1].box[2:] <= (1.0, 1.0)
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match="`image` cannot be read"):
+    with pytest.raises(ValueError, match=r"Image `.*text\.png` cannot be read"):
         align(model, processor, str(tmp_path / "text.png"), "a dog")
-    with pytest.raises(ValueError, match="`image` must be a PIL image or the path of an image file, got ndarray"):
+    with pytest.raises(ValueError, match=r"`image` must be a PIL image, the path of an image file, .* got ndarray"):
         align(model, processor, np.zeros((4, 4, 3)), "a dog")
     with pytest.raises(ValueError, match="`model` is in training mode"):
         align(model.train(), processor, Image.new("RGB", (4, 4)), "a dog")
+
+
+def test_align_reads_a_picture_as_the_processor_does(tmp_path):
+    """A JPEG that its EXIF tag turns, and 16-bit grey whose values above 255 would be white if they were cut."""
+    model, processor = make_model(), make_processor()
+    noise = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(noise[..., 0].astype("<u2") * 256).save(tmp_path / "grey.png")
+    for name, size in (("turned.jpg", (20, 40)), ("grey.png", (40, 20))):
+        inputs = processor(images=tmp_path / name, text="a red dog", return_tensors="pt")
+        with torch.no_grad():
+            expected = model(**inputs).logits_per_image.item()
+        with Image.open(tmp_path / name) as opened:
+            for image in (tmp_path / name, opened):
+                alignment = align(model, processor, image, "a red dog")
+                assert alignment.score == expected and alignment.image.size == size
+    with pytest.raises(ValueError, match="mode 'F', whose range is not known"):
+        align(model, processor, Image.new("F", (4, 4)), "a dog")
 
 
 # Where the patches lie in the picture -------------------------------------------------------------------------------
