@@ -40,7 +40,7 @@ def write_model_card(
     folder: str | os.PathLike,
     *,
     repo_id: str | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
     datasets: Sequence[str] | None = None,
     base_models: Sequence[str] | None = None,
     data_notes: Sequence[str] | None = None,
@@ -55,7 +55,8 @@ def write_model_card(
     Args:
         folder: a folder that `save_pretrained` wrote.
         repo_id: name on the Hub, for the code that loads the model. Default: the name of the folder.
-        license: licence of the weights, as the Hub spells it.
+        license: licence of the weights, as the Hub spells it. Default: `license` of `metrics.json`; without either the card
+            claims none, since the data may forbid what the code allows.
         datasets: ids of the training data on the Hub. Default: the recorded data set, if its name is such an id.
         base_models: ids of the encoders on the Hub. Default: the recorded encoders whose names are such ids.
         data_notes: sentences about the data, its licence above all. Default: `data_notes` of `metrics.json`.
@@ -78,6 +79,7 @@ def write_model_card(
     encoders = [_encoder_name(name) for name in training.get("encoders", {}).values()]
     datasets = [training.get("dataset", "")] if datasets is None else datasets
     base_models = encoders if base_models is None else base_models
+    license = training.get("license") if license is None else license
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
@@ -98,7 +100,7 @@ def write_model_card(
         "encoders": _encoder_section(config, training),
         "results": _result_section(evaluations),
         "training": _training_section(training, folder),
-        "data": _data_section(training, data_notes),
+        "data": _data_section(training, data_notes, license),
         "notes": _bullets(training.get("notes", [])),
     }
     card = folder / "README.md"
@@ -269,11 +271,14 @@ def _training_section(training: dict[str, Any], folder: Path) -> str:
         "seed": training.get("seed"),
         "best epoch": f"{training.get('best_epoch')} of {max(epochs)}" if epochs else training.get("best_epoch"),
         "frozen encoders": None if "frozen_encoders" not in training else "yes" if training["frozen_encoders"] else "no",
-        "hours": None if training.get("hours") is None else f"{_number(training['hours'], 'hours'):g}",
+        "hours": _hours(training),
         "hardware": training.get("hardware"),
         "date": training.get("date"),
         "versions": versions or None,
     }
+    before = training.get("started_from")
+    if before:
+        rows["started from"] = f"best epoch, {before.get('best_epoch')}, of `{before.get('command')}`"
     recorded = [(name, "not recorded" if value is None else value) for name, value in rows.items()]
     parts = [_table(("setting", "value"), recorded)]
     if training.get("validation"):
@@ -282,7 +287,18 @@ def _training_section(training: dict[str, Any], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _data_section(training: dict[str, Any], notes: Sequence[str] | None) -> str:
+def _hours(training: dict[str, Any]) -> str | None:
+    """Those of the run, and all of them where it went on from another."""
+    if training.get("hours") is None:
+        return None
+    hours = _number(training["hours"], "hours")
+    earlier = (training.get("started_from") or {}).get("hours")
+    if earlier is None:
+        return f"{hours:g}"
+    return f"{hours:g}, and {_number(earlier, 'hours'):g} of the run that it started from: {hours + earlier:.4g}"
+
+
+def _data_section(training: dict[str, Any], notes: Sequence[str] | None, license: str | None) -> str:
     notes = training.get("data_notes", []) if notes is None else notes
     if training:
         used = (
@@ -292,4 +308,5 @@ def _data_section(training: dict[str, Any], notes: Sequence[str] | None) -> str:
         )
     else:
         used = "Not recorded: the checkpoint has no `metrics.json`."
-    return f"{used}\n\n{_bullets(notes) or 'No note on the licence of the data was recorded.'}"
+    licence = f"Licence of the weights: {license or 'not recorded'}."
+    return f"{used}\n\n{_bullets([*(notes or ['No note on the licence of the data was recorded.']), licence])}"
