@@ -110,14 +110,14 @@ def check_image_size(config: PreTrainedConfig, pixel_values: torch.Tensor) -> No
 
 
 def patch_tokens(
-    hidden: torch.Tensor, config: PreTrainedConfig, pixel_values: torch.Tensor | None
+    hidden: torch.Tensor, config: PreTrainedConfig, image_size: tuple[int, int] | None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """A vision encoder's last hidden state -> the tokens to project, row by row, and the shape of their grid.
 
     Args:
         hidden: (B, tokens, hidden) or a feature map (B, hidden, rows, columns). config: a `GranAlignConfig`, which says
             how many tokens are prefix, whether they are kept, and how many patches are pooled.
-        pixel_values: the images. `None`: they have the size that the encoder's config names.
+        image_size: (height, width) of the images in pixels. `None`: the size that the encoder's config names.
 
     Raises:
         ValueError: the tokens do not fill the grid that the config promises.
@@ -126,7 +126,7 @@ def patch_tokens(
         prefix, grid = None, hidden
     else:
         vision = config.vision_config
-        image_size = _config_image_size(vision) if pixel_values is None else (pixel_values.shape[2], pixel_values.shape[3])
+        image_size = _config_image_size(vision) if image_size is None else image_size
         rows, columns = patch_grid(vision, image_size)
         prefix, patches = hidden.split([config.num_prefix_tokens, hidden.shape[1] - config.num_prefix_tokens], dim=1)
         if patches.shape[1] != rows * columns:

@@ -124,6 +124,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         vision_model_output: BaseModelOutput | None = None,
+        image_size: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GranAlignImageOutput:
         r"""
@@ -132,8 +133,9 @@ class GranAlignModel(GranAlignPreTrainedModel):
         Args:
             pixel_values: (B, channels, height, width), cast to the dtype of the encoder.
             interpolate_pos_encoding: passed to encoders that have this argument, for sizes they were not trained on.
-            vision_model_output: the encoder's output, where it is at hand (frozen encoders); its images then have the
-                `image_size` of `vision_config`.
+            vision_model_output: the encoder's output, where it is at hand (frozen encoders).
+            image_size: (height, width) in pixels of the images behind `vision_model_output`, where `pixel_values` does not
+                tell. Default: the `image_size` of `vision_config`.
 
         Raises:
             ValueError: neither input is given, `pixel_values` is no tensor of four dimensions, the images have another size
@@ -150,7 +152,9 @@ class GranAlignModel(GranAlignPreTrainedModel):
             elif not interpolate_pos_encoding:
                 check_image_size(self.config.vision_config, pixel_values)
             vision_model_output = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        hidden, spatial_shape = patch_tokens(vision_model_output.last_hidden_state, self.config, pixel_values)
+        if pixel_values is not None:
+            image_size = (pixel_values.shape[2], pixel_values.shape[3])
+        hidden, spatial_shape = patch_tokens(vision_model_output.last_hidden_state, self.config, image_size)
         patch_embeds = _unit_length(self.patch_projection(hidden))
         patch_mask = torch.ones(patch_embeds.shape[:2], dtype=torch.bool, device=patch_embeds.device)
         return GranAlignImageOutput(
@@ -261,6 +265,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         vision_model_output: BaseModelOutput | None = None,
         text_model_output: BaseModelOutput | None = None,
+        image_size: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GranAlignOutput:
         r"""
@@ -272,14 +277,14 @@ class GranAlignModel(GranAlignPreTrainedModel):
             caption_image_ids: (C,) the image of each caption; captions of one image are never negatives of each other.
                 Default: `image_ids`, for one caption an image.
             use_hard_negatives: `False` averages the loss over all negatives, for a warm-up.
-            interpolate_pos_encoding, vision_model_output: see [`~GranAlignModel.get_image_features`].
+            interpolate_pos_encoding, vision_model_output, image_size: see [`~GranAlignModel.get_image_features`].
             text_model_output: see [`~GranAlignModel.get_text_features`].
 
         Raises:
             ValueError: an input is missing or does not fit; the message names it.
         """
         image = self.get_image_features(
-            pixel_values, interpolate_pos_encoding, vision_model_output, return_dict=True, **kwargs
+            pixel_values, interpolate_pos_encoding, vision_model_output, image_size, return_dict=True, **kwargs
         )
         text = self.get_text_features(
             input_ids, attention_mask, position_ids, token_type_ids, text_model_output, return_dict=True, **kwargs

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import transformers as tf
-from tiny import LONGEST_CAPTION, TEXT, VISION, tiny_inputs, tiny_model, tiny_tokenizer
+from tiny import LONGEST_CAPTION, PATCHES, TEXT, VISION, tiny_inputs, tiny_model, tiny_tokenizer
 from torch import nn
 
 from granalign_hf import GranAlignConfig, GranAlignModel
@@ -86,6 +86,18 @@ def test_prefix_tokens_stand_before_the_grid_if_asked_for(vision):
     assert torch.equal(image.patch_embeds, nn.functional.normalize(model.patch_projection(tokens), dim=-1))
     assert image.patch_mask.shape == (3, vision.num_prefix + 16)
     assert image.spatial_shapes.tolist() == [[4, 4]] * 3
+
+
+def test_size_of_the_images_behind_an_encoder_output():
+    model = tiny_model(tf.Dinov2Config(**PATCHES | {"image_size": 32}))
+    inputs = tiny_inputs(image_size=(12, 20))
+    expected = model(**inputs)
+    pixels = inputs.pop("pixel_values")
+    outputs = model(**inputs, vision_model_output=model.vision_model(pixels), image_size=(12, 20))
+    assert outputs.spatial_shapes.tolist() == [[3, 5]] * 3
+    assert torch.equal(outputs.logits_per_image, expected.logits_per_image)
+    with pytest.raises(ValueError, match=r"An image of \(32, 32\) pixels gives 16 tokens"):
+        model(**inputs, vision_model_output=model.vision_model(pixels))
 
 
 @pytest.mark.parametrize(
