@@ -9,15 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import TEXT, VISION, tiny_tokenizer
+from transformers import AutoModel, ViTImageProcessorPil
 
 from granalign_hf.training import train
+from granalign_hf.training.arguments import parse_arguments
+from granalign_hf.training.data import CAPTION_COLUMNS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+ENCODERS = ("google/vit-base-patch16-224", "google-bert/bert-base-uncased")  # as folders, they need no network
 SMALL = ["--num_scenes", "16", "--max_eval_images", "8", "--batch_size", "8", "--report_to", "none"]
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers and launchers behind Accelerate
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,10 @@ def folder_with_demo(tmp_path_factory):
     train.main([*SMALL, "--epochs", "1", "--output_dir", str(folder / "runs" / "demo-scenes")])
     for name in ("training", "granalign_hf"):
         (folder / name).symlink_to(ROOT / name)
+    for name, config in ((ENCODERS[0], VISION["vit"]().config), (ENCODERS[1], TEXT["bert"]())):
+        AutoModel.from_config(config).save_pretrained(folder / name)
+    ViTImageProcessorPil().save_pretrained(folder / ENCODERS[0])
+    tiny_tokenizer().save_pretrained(folder / ENCODERS[1])
     return folder
 
 
@@ -54,7 +61,21 @@ def test_make_target_exists(line):
 
 
 def test_all_command_lines_are_covered():
-    assert LINES and all(line.startswith(("make ", "accelerate launch ")) for line in LINES)
+    install = ["git clone ADDRESS granalign && cd granalign", ". .venv/bin/activate"]
+    assert LINES and all(line.startswith(("make ", "accelerate launch ")) for line in LINES if line not in install)
+
+
+@pytest.mark.parametrize("recipe", [code for kind, code in BLOCKS if kind == "yaml"])
+def test_recipe_is_accepted(tmp_path, recipe):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    run = parse_arguments([str(tmp_path / "recipe.yaml")])[0]
+    assert (run.vision_encoder, run.text_encoder) == ENCODERS
+    assert (run.train_split, run.validation_split) == ("train", "validation")
+
+
+def test_caption_columns_are_those_that_are_found():
+    listed = re.search(r"it is called (.*?); any other", " ".join(README.split())).group(1)
+    assert tuple(re.findall(r"`(\w+)`", listed)) == CAPTION_COLUMNS
 
 
 def test_files_that_the_readme_names_exist():
@@ -73,6 +94,48 @@ def test_figures_of_the_results_table_come_from_files():
         recalls = [f"{metrics[f'{way}_r{k}']:.1f}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
         assert cells[1:7] == recalls, row
         assert cells[7] == f"{metrics['rsum']:.1f} [{low:.1f}, {high:.1f}]", row
+
+
+DEMO, FROZEN, TUNED = "demo-scenes", "flickr8k-frozen-grm", "flickr8k-vit-tiny"
+PROSE = [  # the sentence with its figure in brackets, the file, the keys in it
+    (r"split, ([\d,]+) test photographs", f"{TUNED}/metrics-test.json", "num_images"),
+    (r"test photographs with ([\d,]+) captions", f"{TUNED}/metrics-test.json", "num_captions"),
+    (r"mean patch saliency on validation is ([\d.]+),", f"{FROZEN}/metrics.json", "diagnostics patch_saliency_mean"),
+    (r"mean word saliency ([\d.]+),", f"{FROZEN}/metrics.json", "diagnostics word_saliency_mean"),
+    (r"two regions of an image is ([\d.]+\d)", f"{FROZEN}/metrics.json", "diagnostics region_mean_cosine"),
+    (r"saliency is idle too, ([\d.]+) in the mean", f"{DEMO}/metrics.json", "diagnostics patch_saliency_mean"),
+    (r"saliency is idle too, ([\d.]+) in the mean", f"{DEMO}/metrics.json", "diagnostics word_saliency_mean"),
+    (r"regions, with a mean cosine of ([\d.]+\d)", f"{DEMO}/metrics.json", "diagnostics region_mean_cosine"),
+    (r"training took ([\d.]+) hours", f"{DEMO}/metrics.json", "hours"),
+    (r"([\d.]+) and [\d.]+ hours on two CPU cores", f"{FROZEN}/metrics.json", "hours"),
+    (r"[\d.]+ and ([\d.]+) hours on two CPU cores", f"{TUNED}/metrics.json", "hours"),
+    (r"on ([\d,]+) unseen scenes", f"{DEMO}/metrics-demo.json", "num_images"),
+    (r"scenes: rSum ([\d.]+) of 600", f"{DEMO}/metrics-demo.json", "metrics rsum"),
+    (r"([\d.]+) % of [\d,]+ words point", f"{DEMO}/metrics-demo.json", "pointing accuracy"),
+    (r"% of ([\d,]+) words point", f"{DEMO}/metrics-demo.json", "pointing words"),
+    (r"\(a random patch: ([\d.]+) %\)", f"{DEMO}/metrics-demo.json", "pointing random_patch"),
+]
+
+
+@pytest.mark.parametrize(("sentence", "file", "keys"), PROSE, ids=[f"{file}-{keys}" for _, file, keys in PROSE])
+def test_figures_of_the_prose_come_from_files(sentence, file, keys):
+    value = _measured(file, keys)
+    (told,) = re.findall(sentence, " ".join(README.split()))
+    assert told == f"{value:,.{len(told.partition('.')[2])}f}"
+
+
+def test_differences_of_the_prose_come_from_files():
+    grm, chan, vse = (
+        _measured(f"flickr8k-frozen-{name}/metrics-test.json", "metrics rsum") for name in ("grm", "chan", "vse-max")
+    )
+    assert f"GRM is {grm - chan:.1f} rSum above CHAN and {vse - grm:.1f} below max-pooled VSE++" in " ".join(README.split())
+
+
+def _measured(file: str, keys: str) -> float:
+    value = json.loads((ROOT / "model_cards" / file).read_text())
+    for key in keys.split():
+        value = value[key]
+    return value
 
 
 def _offline() -> dict[str, str]:
