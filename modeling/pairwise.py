@@ -1,7 +1,7 @@
 """Runs a scoring rule over every image x caption pair by tiles: exact, differentiable, and never the 4-D tensor.
 
-Letters: B images, C captions, v patches, w words, k regions, d features; in a tile: i images, n captions of one group,
-L words of each. A tile is the product of a block of packed words with the patches of a few images.
+Letters: B images, C captions, v patches, w words, k regions, d features; in a tile: i images, c captions with W words in
+all, in groups of n captions of nearly equal length L. A tile is the product of those words with the patches of the images.
 
 Two things keep it exact and small. A padded token is never set to zero (zero would beat a negative product): a real token
 of the same caption or image takes its place, which changes no maximum, and its weight in the mean is 0. The backward pass
@@ -10,6 +10,7 @@ keeps only the inputs and recomputes the tiles that receive a gradient: with har
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,20 +23,35 @@ from .product import all_products
 SPARSE_SHARE = 1 / 8  # below this share of pairs with a gradient, each image meets only the captions that need it
 
 
-class Products(NamedTuple):
-    """Products of n captions (L words each) with i images, and all that a rule needs to score them."""
+class Tile(NamedTuple):
+    """Packed words (the captions of a block, one after the other) against i images, and all that a rule needs."""
 
-    patches: Tensor  # (n, L, i, v)
-    regions: Tensor | None  # (n, L, i, k)
-    word_weights: Tensor  # (n, L, 1): 1 / number of words; 0 on repeated words
-    patch_weights: Tensor  # (1, i, v): 1 / number of patches; 0 on repeated patches
-    word_saliency: Tensor | None  # (n, L, 1, 1)
-    patch_saliency: Tensor | None  # (1, 1, i, v)
-    word_embeds: Tensor  # (n, L, d)
+    products: Tensor  # (W, i, v)
+    region_products: Tensor | None  # (W, i, k)
+    word_weights: Tensor  # (W, 1): 1 / number of words; 0 on repeated words
+    patch_weights: Tensor  # (i, v): 1 / number of patches; 0 on repeated patches
+    word_saliency: Tensor | None  # (W, 1, 1)
+    patch_saliency: Tensor | None  # (i, v)
+    word_embeds: Tensor  # (W, d)
     patch_embeds: Tensor  # (i, v, d)
+    shapes: list[tuple[int, int]]  # (n, L) of each group of captions, in order
+
+    def by_length(self, values: Tensor) -> list[Tensor]:
+        """(W, ...) -> for each group of captions a view (n, L, ...)."""
+        parts = values.split([num_captions * num_words for num_captions, num_words in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def over_words(self, reduce: Callable[..., Tensor], values: Tensor) -> Tensor:
+        """(W, ...) -> (c, ...): `torch.amax`, `torch.sum` or the like over the words of each caption."""
+        return torch.cat([reduce(part, dim=1) for part in self.by_length(values)])
+
+    def to_words(self, values: Tensor) -> Tensor:
+        """(c, ...) -> (W, ...): to each word what its caption has."""
+        parts = values.split([num_captions for num_captions, _ in self.shapes])
+        return torch.cat([part.repeat_interleave(length, 0) for part, (_, length) in zip(parts, self.shapes, strict=True)])
 
 
-Rule = Callable[[Products], list[Tensor]]  # -> one (n, i) score per level
+Rule = Callable[[Tile], list[Tensor]]  # -> one (c, i) score per level
 
 
 class Tokens(NamedTuple):
@@ -168,34 +184,27 @@ def _images(tokens: Tokens, tile: slice | Tensor) -> Tokens:
 def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice | Tensor, tokens: Tokens) -> Tensor:
     """The packed words of a block with the images of a tile -> (levels, i, captions of the block)."""
     patches, words, patch_saliency, word_saliency, regions = tokens
-    num_images, _, dim = patches.shape
+    num_images, num_patches, _ = patches.shape
     if layout.patch_index is not None:
         index = layout.patch_index[tile]
         patches = patches.gather(1, index[..., None].expand_as(patches))
         patch_saliency = None if patch_saliency is None else patch_saliency.gather(1, index)
-    sizes = [group.captions.shape[0] * group.num_words for group in block]
-    none = [None] * len(block)
-    patch_products = all_products(words, patches.flatten(0, 1)).split(sizes)
-    region_products = none if regions is None else all_products(words, regions.flatten(0, 1)).split(sizes)
-    word_saliencies = none if word_saliency is None else word_saliency.split(sizes)
-    parts = zip(block, patch_products, region_products, word_saliencies, words.split(sizes), strict=True)
-    scores = []
-    for group, of_patches, of_regions, saliency, of_words in parts:
-        shape = (group.captions.shape[0], group.num_words)
-        levels = rule(
-            Products(
-                of_patches.view(*shape, num_images, -1),
-                None if of_regions is None else of_regions.view(*shape, num_images, -1),
-                layout.word_weights[group.captions, : group.num_words, None],
-                layout.patch_weights[None, tile],
-                None if saliency is None else saliency.view(*shape, 1, 1),
-                None if patch_saliency is None else patch_saliency[None, None],
-                of_words.view(*shape, dim),
-                patches,
-            )
+    shapes = [(group.captions.shape[0], group.num_words) for group in block]
+    word_weights = [layout.word_weights[group.captions, : group.num_words].flatten() for group in block]
+    levels = rule(
+        Tile(
+            all_products(words, patches.flatten(0, 1)).view(-1, num_images, num_patches),
+            None if regions is None else all_products(words, regions.flatten(0, 1)).view(-1, *regions.shape[:2]),
+            torch.cat(word_weights)[:, None],
+            layout.patch_weights[tile],
+            None if word_saliency is None else word_saliency[:, None, None],
+            patch_saliency,
+            words,
+            patches,
+            shapes,
         )
-        scores.append(torch.stack(levels).transpose(1, 2))
-    return torch.cat(scores, dim=2)
+    )
+    return torch.stack(levels).transpose(1, 2)
 
 
 def _slices(length: int, step: int) -> list[slice]:
@@ -210,7 +219,8 @@ class _AllPairs(torch.autograd.Function):
         columns = max(memory_budget // (tokens.patch_embeds.element_size() * num_patches), 1)  # words x images of a tile
         captions = torch.arange(len(layout.lengths), device=layout.lengths.device)
         scores, order = [], []
-        for block in _blocks(layout.lengths, captions, max(columns // min(8, num_images), 1)):
+        square = math.isqrt(columns * num_patches)  # a product of a square tile is faster than that of a long one
+        for block in _blocks(layout.lengths, captions, min(square, columns)):
             packed, _ = _pack(tokens, layout, block)
             tiles = _slices(num_images, max(columns // len(packed.word_embeds), 1))
             parts = [_score_tile(rule, layout, block, tile, _images(packed, tile)) for tile in tiles]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .pairwise import Products, Rule, Tokens, score_all_pairs
+from .pairwise import Rule, Tile, Tokens, score_all_pairs
 
 PAPER_LEVEL_WEIGHTS = (0.4, 0.4, 0.2)
 DEFAULT_MEMORY_BUDGET = 2**24
@@ -171,10 +171,11 @@ def cross_attention(
     return score_all_pairs(rule, Tokens(patch_embeds, word_embeds), word_mask, patch_mask, memory_budget)[0]
 
 
-def _max_mean(products: Tensor, word_weights: Tensor, patch_weights: Tensor | float) -> Tensor:
-    """(n, L, i, v) -> (n, i). A maximum is exact in any dtype; the means run in the dtype of the weights."""
-    best_patch, best_word = products.amax(3), products.amax(1)
-    return (best_patch * word_weights).sum(1) + (best_word.to(word_weights.dtype) * patch_weights).sum(2)
+def _max_mean(tile: Tile, products: Tensor, patch_weights: Tensor | float) -> Tensor:
+    """(W, i, v) -> (c, i). A maximum is exact in any dtype; the means run in the dtype of the weights."""
+    best_patch = products.amax(2) * tile.word_weights
+    best_word = tile.over_words(torch.amax, products).to(tile.word_weights.dtype) * patch_weights
+    return tile.over_words(torch.sum, best_patch) + best_word.sum(2)
 
 
 def _scaled(products: Tensor, *factors: Tensor) -> Tensor:
@@ -184,61 +185,70 @@ def _scaled(products: Tensor, *factors: Tensor) -> Tensor:
     return products
 
 
-def _bidirectional(tile: Products) -> list[Tensor]:
-    levels = [_max_mean(tile.patches, tile.word_weights, tile.patch_weights)]
+def _bidirectional(tile: Tile) -> list[Tensor]:
+    levels = [_max_mean(tile, tile.products, tile.patch_weights)]
     if tile.patch_saliency is not None and tile.word_saliency is not None:
-        scaled = _scaled(tile.patches, tile.patch_saliency, tile.word_saliency)
-        levels.append(_max_mean(scaled, tile.word_weights, tile.patch_weights))
-    if tile.regions is not None:
-        scaled = tile.regions if tile.word_saliency is None else _scaled(tile.regions, tile.word_saliency)
-        levels.append(_max_mean(scaled, tile.word_weights, 1 / tile.regions.shape[3]))
+        scaled = _scaled(tile.products, tile.patch_saliency, tile.word_saliency)
+        levels.append(_max_mean(tile, scaled, tile.patch_weights))
+    if tile.region_products is not None:
+        regions = tile.region_products
+        scaled = regions if tile.word_saliency is None else _scaled(regions, tile.word_saliency)
+        levels.append(_max_mean(tile, scaled, 1 / regions.shape[2]))
     return levels
 
 
-def _mean_of_best_patch(tile: Products) -> list[Tensor]:
-    return [(tile.patches.amax(3) * tile.word_weights).sum(1)]
+def _mean_of_best_patch(tile: Tile) -> list[Tensor]:
+    return [tile.over_words(torch.sum, tile.products.amax(2) * tile.word_weights)]
 
 
 def _logsumexp_of_best_patch(temperature: float) -> Rule:
-    def rule(tile: Products) -> list[Tensor]:
-        best_patch = tile.patches.amax(3).to(tile.word_weights.dtype)
+    def rule(tile: Tile) -> list[Tensor]:
+        best_patch = tile.products.amax(2).to(tile.word_weights.dtype)
         logits = (best_patch / temperature).masked_fill(tile.word_weights == 0, -torch.inf)
-        return [temperature * logits.logsumexp(1)]
+        return [temperature * tile.over_words(torch.logsumexp, logits)]
 
     return rule
 
 
-def _words_attend(tile: Products, inverse_temperature: float) -> list[Tensor]:
-    products = tile.patches.permute(2, 0, 1, 3)  # (i, n, L, v)
-    cosines = _cosine_with_attended(
-        products, tile.word_embeds, tile.patch_embeds, tile.word_weights > 0, tile.patch_weights[0, :, None, None] > 0,
-        inverse_temperature,
-    )  # fmt: skip
-    return [(cosines * tile.word_weights[..., 0]).sum(2).T]
+def _words_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
+    products, words, patches = _at_least_float32(tile.products, tile.word_embeds, tile.patch_embeds)
+    attention = nn.functional.leaky_relu(products, 0.1) * (tile.word_weights[..., None] > 0)
+    attention = attention / tile.to_words(_norm(tile.over_words(torch.sum, attention.square())))
+    attention = (inverse_temperature * attention).masked_fill(tile.patch_weights == 0, -torch.inf).softmax(2)
+    by_image = attention.transpose(0, 1)
+    context_squares = ((by_image @ (patches @ patches.mT)) * by_image).sum(2).T
+    cosines = _cosine((attention * products).sum(2), words.square().sum(1)[:, None] * context_squares)
+    return [tile.over_words(torch.sum, cosines * tile.word_weights)]
 
 
-def _patches_attend(tile: Products, inverse_temperature: float) -> list[Tensor]:
-    products = tile.patches.permute(0, 2, 3, 1)  # (n, i, v, L)
-    cosines = _cosine_with_attended(
-        products, tile.patch_embeds, tile.word_embeds, tile.patch_weights[..., None] > 0, tile.word_weights[:, None].mT > 0,
-        inverse_temperature,
-    )  # fmt: skip
+def _patches_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
+    products, words, patches = _at_least_float32(tile.products, tile.word_embeds, tile.patch_embeds)
+    attention = nn.functional.leaky_relu(products, 0.1) * (tile.patch_weights > 0)
+    attention = attention / _norm(attention.square().sum(2, keepdim=True))
+    logits = (inverse_temperature * attention).masked_fill(tile.word_weights[..., None] == 0, -torch.inf)
+    attention = torch.cat([part.softmax(1).flatten(0, 1) for part in tile.by_length(logits)])
+    attended = [  # G a within each caption
+        (of_words @ of_words.mT @ a.flatten(2)).view_as(a)
+        for of_words, a in zip(tile.by_length(words), tile.by_length(attention), strict=True)
+    ]
+    context_squares = torch.cat([(g * a).sum(1) for g, a in zip(attended, tile.by_length(attention), strict=True)])
+    cosines = _cosine(tile.over_words(torch.sum, attention * products), patches.square().sum(2) * context_squares)
     return [(cosines * tile.patch_weights).sum(2)]
 
 
-def _cosine_with_attended(
-    products: Tensor, queries: Tensor, contexts: Tensor, is_query: Tensor, is_context: Tensor, inverse_temperature: float
-) -> Tensor:
-    """Products (g, m, q, c) of queries (m, q, d) with contexts (g, c, d), and what is real of them -> (g, m, q) cosines."""
-    queries, contexts = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (queries, contexts))
-    products = products.to(queries.dtype)
-    attention = nn.functional.leaky_relu(products, 0.1).masked_fill(~is_query, 0)
-    attention = inverse_temperature * nn.functional.normalize(attention, dim=2)
-    attention = attention.masked_fill(~is_context, -torch.inf).softmax(3)
-    attended_squares = (attention.flatten(1, 2) @ (contexts @ contexts.mT)).view_as(attention).mul(attention).sum(3)
-    squares = queries.square().sum(2) * attended_squares
-    is_zero = squares <= 0  # a query or context of length 0 has no direction: 0, and no gradient
-    return ((attention * products).sum(3) * squares.masked_fill(is_zero, 1).rsqrt()).masked_fill(is_zero, 0)
+def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def _norm(squares: Tensor) -> Tensor:
+    """Square root, and 1 for 0: a zero vector stays zero, and its gradient finite."""
+    return squares.masked_fill(squares == 0, 1).sqrt()
+
+
+def _cosine(overlaps: Tensor, squares: Tensor) -> Tensor:
+    """Inner products over the root of the product of both squared lengths; 0 where a length is 0."""
+    is_zero = squares <= 0
+    return (overlaps * squares.masked_fill(is_zero, 1).rsqrt()).masked_fill(is_zero, 0)
 
 
 _CROSS_ATTENTION = {"t2i": (_words_attend, 9.0), "i2t": (_patches_attend, 4.0)}

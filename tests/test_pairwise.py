@@ -22,8 +22,8 @@ def counting_rule(sizes):
     """Scores by the mean of all products, and notes the number of products of every tile."""
 
     def rule(tile):
-        sizes.append(tile.patches.numel())
-        return [(tile.patches * tile.word_weights[..., None] * tile.patch_weights[:, None]).sum((1, 3))]
+        sizes.append(tile.products.numel())
+        return [tile.over_words(torch.sum, (tile.products * tile.word_weights[..., None] * tile.patch_weights).sum(2))]
 
     return rule
 
