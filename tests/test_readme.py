@@ -12,7 +12,6 @@ import pytest
 from tiny import TEXT, VISION, tiny_tokenizer
 from transformers import AutoModel, ViTImageProcessorPil
 
-from granalign_hf.training import train
 from granalign_hf.training.arguments import parse_arguments
 from granalign_hf.training.data import CAPTION_COLUMNS
 
@@ -27,7 +26,9 @@ SMALL = ["--num_scenes", "16", "--max_eval_images", "8", "--batch_size", "8", "-
 def folder_with_demo(tmp_path_factory):
     """A folder that looks like a checkout after a (very short) demo."""
     folder = tmp_path_factory.mktemp("readme")
-    train.main([*SMALL, "--epochs", "1", "--output_dir", str(folder / "runs" / "demo-scenes")])
+    # In a process of its own: a run sets the precision and the threads of torch.
+    command = [sys.executable, "-m", "granalign_hf.training.train", *SMALL, "--epochs", "1"]
+    subprocess.run(command, cwd=folder, env=_offline(), check=True, capture_output=True)
     for name in ("training", "granalign_hf"):
         (folder / name).symlink_to(ROOT / name)
     for name, config in ((ENCODERS[0], VISION["vit"]().config), (ENCODERS[1], TEXT["bert"]())):
