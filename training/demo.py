@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict:
     scenes = load_split("scenes", "test")
     scores = score_matrix(model, *encode(model, processor, scenes, batch_size=50))
     folds = fold_ranks(scores, scenes.caption_image_index, len(scenes) // GALLERY)
-    result = {
+    result: dict = {
         "dataset": "scenes",
         "split": "test",
         "protocol": f"{len(scenes)} unseen scenes in galleries of {GALLERY}, mean over galleries",

@@ -45,7 +45,7 @@ SHAPES: dict[str, _Mask] = {
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.70,
     "triangle": lambda x, y: (y <= 0.5) & (1.732 * abs(x) - y <= 1.0),
     # Inside a five-pointed star = beyond at most one of the five lines that join its tips.
-    "star": lambda x, y: sum((x * u + y * v <= 0.309).astype(np.int8) for u, v in _STAR_EDGES) >= 4,
+    "star": lambda x, y: np.sum([x * u + y * v <= 0.309 for u, v in _STAR_EDGES], axis=0) >= 4,
     "cross": lambda x, y: (np.maximum(abs(x), abs(y)) <= 0.92) & (np.minimum(abs(x), abs(y)) <= 0.28),
     "ring": lambda x, y: (x * x + y * y <= 0.88) & (x * x + y * y >= 0.26),
 }
@@ -334,16 +334,17 @@ def _write_caption(rng: np.random.Generator, kinds: list[_Kind]) -> tuple[str, l
     relations = _true_relations(kinds[0][1], kinds[1][1])
     if relations and rng.random() < _RELATION_SHARE:
         template = _RELATION_TEMPLATES[relations[int(rng.integers(len(relations)))]]
+    *literals, ending = template.split("{}")
     caption, entries = "", []
-    for literal, kind in zip(template.split("{}"), [*kinds, None], strict=True):
+    for literal, kind in zip(literals, kinds, strict=True):
         caption += literal
-        for word, is_located in _name(rng, kind) if kind else ():
+        for word, is_located in _name(rng, kind):
             start = len(caption) + (caption != "" and not caption.endswith(" "))
             caption = caption.ljust(start) + word
             if is_located:
                 boxes = [list(box) for box in kind[1]]
                 entries.append({"phrase": word, "char_start": start, "char_end": len(caption), "boxes": boxes})
-    return caption, entries
+    return caption + ending, entries
 
 
 def _name(rng: np.random.Generator, kind: _Kind) -> Iterator[tuple[str, bool]]:
