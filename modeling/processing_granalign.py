@@ -84,11 +84,14 @@ class GranAlignProcessor(ProcessorMixin):
                 )
 
     def _warn_of_truncation(self, captions: list, input_ids: Any) -> None:
-        """Counts captions that lost words: only where the longest row is full can there be one."""
+        """Only where the longest row is full can there be a caption that lost words."""
         first = input_ids if isinstance(input_ids[0], int) else input_ids[0]
+        if len(first) >= self.tokenizer.model_max_length and isinstance(captions[0], str):
+            self.warn_of_truncation(captions)
+
+    def warn_of_truncation(self, captions: list[str]) -> None:
+        """Says how many of the captions are longer than the text encoder takes, if any: they lose their last words."""
         longest = self.tokenizer.model_max_length
-        if len(first) < longest or not isinstance(captions[0], str):
-            return
         lengths = [len(ids) for ids in self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
         num_cut = sum(length > longest for length in lengths)
         if num_cut:
