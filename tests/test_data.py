@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from granalign_hf.training.build import word_tokenizer
-from granalign_hf.training.data import TrainingImages, augment_caption, load_split, random_resized_crop
+from granalign_hf.training.data import TrainingImages, _image_ids, augment_caption, load_split, random_resized_crop
 
 
 def png(colour: tuple[int, int, int], size=(8, 6)) -> dict:
@@ -55,6 +55,25 @@ def test_one_row_a_caption_is_grouped_by_picture_without_an_id(tmp_path):
     assert load_split(name, "train").captions == [["a", "b"], ["c"]]
 
 
+def test_pictures_of_one_name_and_other_bytes_are_two_images(tmp_path):
+    pictures = [RED | {"path": "1.png"}, BLUE | {"path": "1.png"}, RED | {"path": "2.png"}]
+    name = save(tmp_path, {"image": pictures, "caption": ["a", "c", "b"]}, {"image": Image(), "caption": Value("string")})
+    assert load_split(name, "train").captions == [["a", "b"], ["c"]]
+
+
+def test_pictures_without_bytes_are_grouped_by_path(tmp_path):
+    paths = [str(tmp_path / "red.png"), str(tmp_path / "blue.png")]
+    for path, picture in zip(paths, (RED, BLUE), strict=True):
+        with open(path, "wb") as file:
+            file.write(picture["bytes"])
+    table = Dataset.from_dict(
+        {"image": [paths[0], paths[1], paths[0]], "caption": ["a", "c", "b"]},
+        features=Features({"image": Image(), "caption": Value("string")}),
+    )
+    ids = _image_ids(table, "image", None, is_one_caption=True)
+    assert ids == [paths[0], paths[1], paths[0]]
+
+
 def test_named_columns_win(tmp_path):
     name = save(
         tmp_path,
@@ -73,6 +92,16 @@ def test_named_columns_win(tmp_path):
         ({"image": [RED, BLUE], "caption": ["a", " "]}, {"image": Image(), "caption": Value("string")}, "Row 1 .*empty"),
         ({"image": [RED], "caption": [None]}, {"image": Image(), "caption": Value("string")}, "Row 0 .*missing caption"),
         ({"image": [RED], "captions": [[]]}, {"image": Image(), "captions": List(Value("string"))}, "Row 0 .*missing"),
+        (
+            {"image": [RED, None], "caption": ["a", "b"]},
+            {"image": Image(), "caption": Value("string")},
+            "Row 1 has no image",
+        ),
+        (
+            {"image": [RED, BLUE], "caption": ["a", "b"], "filename": ["r.png", None]},
+            {"image": Image(), "caption": Value("string"), "filename": Value("string")},
+            "Row 1 has no image id in `filename`",
+        ),
     ],
 )
 def test_broken_data_sets_are_refused_by_name(tmp_path, columns, features, message):
@@ -108,6 +137,21 @@ def test_grey_and_transparent_images_become_rgb(tmp_path):
     name = save(tmp_path, {"image": images, "captions": [["a"]] * 3}, {"image": Image(), "captions": List(Value("string"))})
     data = load_split(name, "train")
     assert [data.image(n).mode for n in range(3)] == ["RGB"] * 3
+
+
+def test_pictures_are_read_by_the_rules_of_the_processor(tmp_path):
+    turned = PILImage.new("RGB", (8, 6), (255, 0, 0))
+    turned.getexif()[0x0112] = 6
+    deep = PILImage.fromarray(np.full((6, 8), 128 * 256, dtype=np.uint16))
+    encoded = []
+    for picture, options in ((deep, {}), (turned, {"exif": turned.getexif()})):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", **options)
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    name = save(tmp_path, {"image": encoded, "captions": [["a"]] * 2}, {"image": Image(), "captions": List(Value("string"))})
+    data = load_split(name, "train")
+    assert data.image(0).getpixel((0, 0)) == (128, 128, 128)
+    assert data.image(1).size == (6, 8)
 
 
 def test_item_depends_on_seed_epoch_and_number_only():

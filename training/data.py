@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from PIL import Image as PILImage
 from transformers import ProcessorMixin
 
+from granalign_hf.modeling.processing_granalign import read_image
 from granalign_hf.training.scenes import scene_dataset
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "raw")
@@ -34,14 +35,14 @@ class CaptionedImages:
         return len(self.rows)
 
     def image(self, number: int) -> PILImage.Image:
-        """The picture in RGB.
+        """The picture in RGB, by the rules of `GranAlignProcessor`.
 
         Raises:
             ValueError: it cannot be decoded; the message names the image.
         """
         try:
-            return self.table[self.rows[number]][self.image_column].convert("RGB")
-        except (OSError, SyntaxError, AttributeError) as error:
+            return read_image(self.table[self.rows[number]][self.image_column])
+        except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(
                 f"Image `{self.image_ids[number]}` (row {self.rows[number]}) cannot be read: {error}"
             ) from error
@@ -51,6 +52,11 @@ class CaptionedImages:
         return CaptionedImages(
             self.table, self.image_column, self.rows[:limit], self.image_ids[:limit], self.captions[:limit]
         )
+
+    @property
+    def all_captions(self) -> list[str]:
+        """The captions of every image, one after the other."""
+        return [caption for captions in self.captions for caption in captions]
 
     @property
     def caption_image_index(self) -> np.ndarray:
@@ -73,17 +79,13 @@ def load_split(
     rows with the same image id (or, without such a column, the same picture) are one image.
 
     Raises:
-        ValueError: no such data set, split or column, or a row without a caption; the message says which.
+        ValueError: no such data set, split or column, or a row without a caption, image or image id; the message says which.
     """
     table = _load_table(name, split, config, num_scenes)
     image_column = image_column or next((n for n, kind in table.features.items() if isinstance(kind, Image)), None)
     caption_column = caption_column or next((n for n in CAPTION_COLUMNS if n in table.column_names), None)
-    for kind, column in (("image", image_column), ("caption", caption_column)):
-        if column is None or column not in table.column_names:
-            raise ValueError(
-                f"The data set {name} has no {kind} column{'' if column is None else f' {column!r}'}; its columns are "
-                f"{table.column_names}. Name it with `{kind}_column`."
-            )
+    image_column = _existing("image", image_column, name, table)
+    caption_column = _existing("caption", caption_column, name, table)
     values = list(table[caption_column])
     texts = [[value] if isinstance(value, str) else list(value or []) for value in values]
     for row, captions in enumerate(texts):
@@ -98,6 +100,15 @@ def load_split(
         images.setdefault(image_id, (row, []))[1].extend(captions)
     rows, grouped = zip(*images.values(), strict=True)
     return CaptionedImages(table, image_column, list(rows), list(images), list(grouped))
+
+
+def _existing(kind: str, column: str | None, name: str, table: Dataset) -> str:
+    if column is None or column not in table.column_names:
+        raise ValueError(
+            f"The data set {name} has no {kind} column{'' if column is None else f' {column!r}'}; its columns are "
+            f"{table.column_names}. Name it with `{kind}_column`."
+        )
+    return column
 
 
 def _load_table(name: str, split: str, config: str | None, num_scenes: int) -> Dataset:
@@ -120,11 +131,21 @@ def _load_table(name: str, split: str, config: str | None, num_scenes: int) -> D
 
 def _image_ids(table: Dataset, image_column: str, image_id_column: str | None, is_one_caption: bool) -> list[str]:
     if image_id_column is not None:
-        return [str(value) for value in table[image_id_column]]
+        ids = list(table[image_id_column])
+        if None in ids:
+            raise ValueError(f"Row {ids.index(None)} has no image id in `{image_id_column}`.")
+        return [str(value) for value in ids]
     if not is_one_caption:
         return [str(row) for row in range(len(table))]
     encoded = table.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-    return [value["path"] or hashlib.sha256(value["bytes"]).hexdigest() for value in encoded[image_column]]
+    return [_picture_id(row, value) for row, value in enumerate(encoded[image_column])]
+
+
+def _picture_id(row: int, encoded: dict | None) -> str:
+    """The hash of the bytes; a path only without them, as embedded pictures keep their last name, which others may share."""
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        raise ValueError(f"Row {row} has no image.")
+    return encoded["path"] if encoded["bytes"] is None else hashlib.sha256(encoded["bytes"]).hexdigest()
 
 
 class TrainingImages(torch.utils.data.Dataset):
