@@ -3,19 +3,31 @@
 import dataclasses
 import json
 import re
+import shlex
 
 import pytest
+import torch
 import yaml
 
 from granalign_hf.training import arguments
-from granalign_hf.training.arguments import DEFAULT_RECIPE, ModelArguments, RunArguments, parse_arguments, resolve
+from granalign_hf.training.arguments import (
+    DEFAULT_RECIPE,
+    SCHEDULERS,
+    ModelArguments,
+    RunArguments,
+    parse_arguments,
+    resolve,
+)
+from granalign_hf.training.runtime import portable
+from granalign_hf.training.train import make_scheduler
 
 RECIPES = sorted(DEFAULT_RECIPE.parent.glob("*.yaml"))
 COMMAND_LINE = """
-aligner batch_size caption_augmentation caption_column captions_per_image checkpoint crop_scale dataset dataset_config
-encoder_lr_factor entropy_weight epochs eval_batch_size eval_interval freeze_encoders image_column image_id_column
+aligner batch_size caption_augmentation caption_column captions_per_image checkpoint crop_scale data_notes dataset
+dataset_config encoder_lr_factor entropy_weight epochs eval_batch_size eval_interval freeze_encoders image_column
+image_id_column
 kl_weight learning_rate level_weights lr_gamma lr_milestones lr_scheduler lr_warmup_share margin matmul_precision
-max_eval_images max_grad_norm max_train_images mixed_precision num_regions num_scenes num_workers output_dir
+max_eval_images max_grad_norm max_train_images mixed_precision notes num_regions num_scenes num_workers output_dir
 patch_pool_size pooling projection_dim reconstruction_weight region_logit_scale report_to resume saliency_temperature
 seed text_config text_encoder train_split use_prefix_tokens use_special_tokens validation_split vision_config
 vision_encoder warmup_epochs weight_decay
@@ -43,13 +55,53 @@ def test_every_recipe_parses_and_its_first_line_is_its_command(recipe):
 def test_no_arguments_means_the_demo():
     run, fields, command = parse_arguments([])
     assert run.dataset == "scenes" and run.output_dir == "runs/demo-scenes" and fields["aligner"] == "grm"
-    assert command.strip() == "accelerate launch training/train.py"
+    assert command == "accelerate launch training/train.py"
 
 
 def test_overrides_win_over_the_recipe():
     run, fields, command = parse_arguments([str(DEFAULT_RECIPE), "--epochs", "3", "--level_weights", "0.2", "0.2", "0.6"])
     assert run.epochs == 3 and fields["level_weights"] == [0.2, 0.2, 0.6]
     assert "--epochs 3" in command
+
+
+def test_fields_that_nobody_names_are_left_to_the_config_or_the_checkpoint(tmp_path):
+    recipe = tmp_path / "further.yaml"
+    recipe.write_text(f"checkpoint: {tmp_path}\noutput_dir: out\nmargin: 0.1\n")
+    assert parse_arguments([str(recipe)])[1] == {"margin": 0.1}
+    words = ["--use_special_tokens", "false", "--level_weights", "0.2", "0.2", "0.6", "--num_regions=7"]
+    given = {"margin": 0.1, "use_special_tokens": False, "level_weights": [0.2, 0.2, 0.6], "num_regions": 7}
+    assert parse_arguments([str(recipe), *words])[1] == given
+
+
+def test_command_keeps_its_quotes_and_loses_its_paths():
+    argv = [str(DEFAULT_RECIPE), "--dataset", "/data/my photos", "--notes", "a note", "b's"]
+    run, _, command = parse_arguments(argv)
+    assert run.notes == ["a note", "b's"]
+    assert shlex.split(command)[3:] == argv
+    expected = ["demo-scenes.yaml", "--dataset", "my photos", "--notes", "a note", "b's"]
+    assert shlex.split(portable(command))[3:] == expected
+
+
+@pytest.mark.parametrize("notes", ["one sentence: the only", ["first", "second one"]])
+def test_notes_of_a_recipe(tmp_path, notes):
+    recipe = tmp_path / "noted.yaml"
+    recipe.write_text(DEFAULT_RECIPE.read_text() + yaml.safe_dump({"notes": notes, "data_notes": notes}))
+    run, _, _ = parse_arguments([str(recipe)])
+    assert run.notes == run.data_notes == (notes if isinstance(notes, list) else [notes])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_lowers_or_keeps_the_rate(name):
+    run, _, _ = parse_arguments([str(DEFAULT_RECIPE), "--lr_scheduler", name, "--epochs", "2", "--lr_milestones", "1"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(()))], lr=1.0)
+    scheduler = make_scheduler(optimizer, run, steps_per_epoch=20)
+    rates = []
+    for _ in range(40):
+        optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+    assert max(rates) == 1.0 and 0 <= rates[-1] <= 1.0
+    assert name.startswith("constant") or rates[-1] < 1.0
 
 
 @pytest.mark.parametrize(
@@ -63,6 +115,15 @@ def test_overrides_win_over_the_recipe():
         (["--epochs", "many"], "invalid int value"),
         (["--epochs", "0", "--crop_scale", "2"], "epochs must be at least 1, got 0; crop_scale must lie in"),
         (["--vision_encoder", "somewhere"], "give one of vision_encoder .pretrained. and vision_config"),
+        (
+            ["--freeze_encoders", "true", "--crop_scale", "0.6"],
+            "freeze_encoders .* set crop_scale 1 and caption_augmentation 0",
+        ),
+        (["--freeze_encoders", "true", "--caption_augmentation", "0.2"], "freeze_encoders .* which cannot change"),
+        (["--captions_per_image", "-1"], "captions_per_image must be at least 0, got -1"),
+        (["--lr_scheduler", "cosin"], "lr_scheduler must be one of multistep, .*cosine.*, got cosin"),
+        (["--lr_scheduler", "reduce_lr_on_plateau"], "lr_scheduler must be one of"),
+        (["--report_to", "tensorbord"], "report_to must be one of none, .*got tensorbord"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(words, expected, capsys):

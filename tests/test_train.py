@@ -2,18 +2,28 @@
 
 import json
 import math
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file
+from tiny import tiny_model, tiny_processor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModel, AutoProcessor
 
-import granalign_hf  # noqa: F401  (registers the Auto classes)
-from granalign_hf.training import evaluate, train
+from granalign_hf import GranAlignModel, GranAlignProcessor
+from granalign_hf.evaluation import RetrievalRanks, paired_bootstrap, ranks_to_metrics
+from granalign_hf.training import demo, evaluate, train
 from granalign_hf.training.arguments import parse_arguments
 from granalign_hf.training.build import build
 from granalign_hf.training.data import load_split
+from granalign_hf.training.features import token_features
+from granalign_hf.training.record import _encoder_name
 
 TINY = [
     *("--num_scenes", "24", "--max_eval_images", "12", "--batch_size", "8", "--epochs", "2", "--eval_interval", "1"),
@@ -23,8 +33,6 @@ TINY = [
     *("--text_config", json.dumps({"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                                    "intermediate_size": 16, "max_position_embeddings": 48})),
 ]  # fmt: skip
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers and launchers behind Accelerate
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +99,47 @@ def test_evaluate_writes_metrics_and_intervals(trained, capsys):
     assert low <= result["metrics"]["rsum"] <= high
     assert result["num_images"] == 10 and result["num_captions"] == 50
     assert "rsum" in capsys.readouterr().out
+    with np.load(folder / "ranks-test.npz") as kept:
+        ranks = RetrievalRanks(**kept)
+    assert ranks_to_metrics(ranks) == result["metrics"]
+    assert paired_bootstrap(ranks, ranks)["rsum"].difference == 0
+
+
+def test_evaluate_of_a_hub_id_writes_to_the_working_directory(trained, tmp_path, monkeypatch, capsys):
+    folder, _ = trained
+    load_model, load_processor = GranAlignModel.from_pretrained, GranAlignProcessor.from_pretrained
+    monkeypatch.setattr(evaluate.GranAlignModel, "from_pretrained", lambda name: load_model(folder))
+    monkeypatch.setattr(evaluate.GranAlignProcessor, "from_pretrained", lambda name: load_processor(folder))
+    monkeypatch.chdir(tmp_path)
+    result = evaluate.main(["org/name", "--max_images", "4"])
+    assert json.loads((tmp_path / "metrics-test.json").read_text()) == result
+    assert (tmp_path / "ranks-test.npz").is_file()
+    assert "org/name is no folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["nowhere/metrics.json", "."])
+def test_evaluate_refuses_an_output_that_it_could_not_write_before_it_loads(output, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_split", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(SystemExit):
+        evaluate.main(["org/name", "--output", output])
+    assert f"the output {output} cannot be written" in capsys.readouterr().err
+
+
+def test_diagnostics_of_regions():
+    # Two images of two patches and two regions; the words of image 0 prefer one region, those of image 1 take both.
+    regions = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]] * 2)
+    assignment = torch.tensor([[[1.0, 0.5], [0.0, 0.5]], [[0.5, 0.5], [0.5, 0.5]]])
+    image = SimpleNamespace(
+        patch_saliency=None, patch_mask=None, region_embeds=regions, region_means=regions, region_assignment=assignment
+    )
+    words = torch.tensor([[[0.9, 0.1], [0.8, 0.2]], [[0.1, 0.9], [0.9, 0.1]], [[0.7, 0.1], [0.1, 0.9]]])
+    mask = torch.tensor([[True, True], [True, True], [True, False]])
+    text = SimpleNamespace(word_saliency=None, word_mask=mask, word_embeds=words)
+    values = evaluate.diagnostics(image, text, np.array([0, 1, 0]))
+    assert values["distinct_regions"] == (1 / 2 + 2 / 2) / 2
+    assert values["effective_patches"] == (1 + 2 + 2 + 2) / 4
+    assert values["region_mean_cosine"] == 0
 
 
 def test_resumed_run_ends_as_the_uninterrupted_one(trained, tmp_path):
@@ -116,13 +165,122 @@ def test_resumed_run_ends_as_the_uninterrupted_one(trained, tmp_path):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_a_kill_at_any_moment_leaves_the_newest_complete_state(tmp_path, monkeypatch):
+    accelerator, weight = Accelerator(), torch.nn.Linear(1, 1)
+    accelerator.register_for_checkpointing(weight)
+
+    def save(epoch):
+        torch.nn.init.constant_(weight.weight, epoch)
+        train.save_state(accelerator, tmp_path, {"epoch": epoch})
+
+    def resumed():
+        torch.nn.init.constant_(weight.weight, -1)
+        return train.resume(accelerator, tmp_path)["epoch"], weight.weight.item()
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    save(9)
+    for owner, name, newest in (
+        (accelerator, "wait_for_everyone", 9),  # the new state lacks what other processes write
+        (Path, "write_text", 9),
+        (Path, "replace", 9),
+        (train.shutil, "rmtree", 10),  # both are complete
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, kill)
+            with pytest.raises(KeyboardInterrupt):
+                save(10)
+        assert resumed() == (newest, newest)
+    save(10)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["epoch-10"]
+
+
+def test_a_new_run_does_not_resume_an_earlier_one(tmp_path, monkeypatch):
+    (tmp_path / "state" / "epoch-7").mkdir(parents=True)
+    (tmp_path / "state" / "epoch-7" / "progress.json").write_text("{}")
+    train.main([*TINY, "--output_dir", str(tmp_path), "--epochs", "1"])
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["epoch-1"]
+
+
+def rates_of_a_run(argv: list[str]) -> list[float]:
+    """The learning rate at each step."""
+    rates: list[float] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    train.main(argv)
+    hook.remove()
+    return rates
+
+
+def one_of_two_processes(rank: int, folder: Path, argv: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": (folder / "port").read_text(), "ACCELERATE_USE_CPU": "true"}
+    (folder / f"rates-{rank}.json").write_text(json.dumps(rates_of_a_run(argv)))
+
+
+def test_two_processes_follow_the_schedule_of_one(tmp_path):
+    schedule = [*TINY, "--lr_scheduler", "cosine", "--lr_warmup_share", "0.3", "--max_eval_images", "4"]
+    alone = rates_of_a_run([*schedule, "--output_dir", str(tmp_path / "alone"), "--batch_size", "8"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    argv = [*schedule, "--output_dir", str(tmp_path / "both"), "--batch_size", "4"]
+    torch.multiprocessing.spawn(one_of_two_processes, (tmp_path, argv), nprocs=2)
+    assert len(alone) == 6 and len(set(alone)) > 3
+    assert [json.loads((tmp_path / f"rates-{rank}.json").read_text()) for rank in range(2)] == [alone] * 2
+    names = {path.name for path in (tmp_path / "both" / "state" / "epoch-2").iterdir()}
+    assert {"progress.json", "random_states_0.pkl", "random_states_1.pkl"} <= names
+
+
+def test_the_rate_stays_where_the_optimizer_skips_its_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
+    rates = rates_of_a_run([*TINY, "--output_dir", str(tmp_path), "--lr_scheduler", "linear"])
+    assert len(set(rates)) == 1
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_weight_decay_is_for_matrices(weight_decay):
+    run, _, _ = parse_arguments([*TINY, "--weight_decay", str(weight_decay)])
+    model = tiny_model()
+    groups = train.parameter_groups(model, run)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (weight_decay if parameter.ndim > 1 else 0)
+
+
+def test_hours_are_all_of_the_run(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    original = train.build
+
+    def slow_build(*args):
+        clock.now += 3600
+        return original(*args)
+
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "build", slow_build)
+    train.main([*TINY, "--output_dir", str(tmp_path), "--epochs", "1"])
+    assert json.loads((tmp_path / "metrics.json").read_text())["hours"] == 1
+    train.main([*TINY, "--output_dir", str(tmp_path), "--epochs", "2", "--resume"])
+    assert json.loads((tmp_path / "metrics.json").read_text())["hours"] == 2
+
+
+def test_captions_that_are_too_long_are_counted_once(tmp_path, caplog):
+    config = json.loads(TINY[TINY.index("--text_config") + 1]) | {"max_position_embeddings": 9}
+    train.main([*TINY, "--output_dir", str(tmp_path), "--epochs", "1", "--text_config", json.dumps(config)])
+    captions = load_split("scenes", "train", num_scenes=24).all_captions
+    captions += load_split("scenes", "validation").first(12).all_captions
+    count = f" of {len(captions)} captions were cut to the 9 tokens"
+    assert len([message for message in caplog.messages if count in message]) == 1
+
+
 def test_resume_without_a_state_is_refused(tmp_path):
     with pytest.raises(ValueError, match="found no saved state"):
         train.main([*TINY, "--output_dir", str(tmp_path), "--resume"])
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`batch_size` 800 is larger than the 24 training images"):
+    with pytest.raises(ValueError, match="`batch_size` 800 needs 800 training images for one step, got 24"):
         train.main([*TINY, "--output_dir", str(tmp_path), "--batch_size", "800"])
 
 
@@ -135,12 +293,16 @@ def test_the_other_aligners_train_too(tmp_path, aligner):
 
 def test_frozen_encoders_train_on_cached_features(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state = train.main([*TINY, "--output_dir", "run", "--freeze_encoders", "true"])
+    train.main([*TINY, "--output_dir", "run", "--freeze_encoders", "true"])
     model, processor = AutoModel.from_pretrained("run").eval(), AutoProcessor.from_pretrained("run")
-    from_pixels, _ = train.validate(model, processor, load_split("scenes", "validation").first(12), None, batch_size=12)
-    best = next(record for record in state["history"] if record["epoch"] == state["best_epoch"])
-    assert abs(from_pixels["rsum"] - best["validation"]["rsum"]) < 40  # float16 features may swap near ties
-    assert len(list((tmp_path / "runs" / "features").glob("*/complete"))) == 2
+    data = load_split("scenes", "validation").first(12)
+    cache = tmp_path / "runs" / "features"
+    features = token_features(model, processor, data, cache, batch_size=5)
+    assert len(list(cache.iterdir())) == 2  # those of the run: its encoders have not changed
+    from_features = evaluate.score_matrix(model, *evaluate.encode(model, processor, data, 5, features))
+    from_pixels = evaluate.score_matrix(model, *evaluate.encode(model, processor, data, 5))
+    assert np.ptp(from_pixels) > 0.01
+    np.testing.assert_allclose(from_features, from_pixels, atol=1e-3)
 
 
 def test_collapse_is_named(caplog):
@@ -157,10 +319,83 @@ def test_collapse_is_named(caplog):
 def test_a_run_starts_from_a_checkpoint(trained, tmp_path):
     folder, _ = trained
     recipe = tmp_path / "further.yaml"
-    recipe.write_text(f"checkpoint: {folder}\noutput_dir: {tmp_path / 'further'}\nprojection_dim: 16\n")
+    recipe.write_text(f"checkpoint: {folder}\noutput_dir: {tmp_path / 'further'}\n")
     common = TINY[: TINY.index("--projection_dim")]
-    state = train.main([str(recipe), *common, "--report_to", "none", "--epochs", "1", "--learning_rate", "1e-9"])
+    train.main([str(recipe), *common, "--report_to", "none", "--epochs", "1", "--learning_rate", "1e-12"])
     before = json.loads((folder / "metrics.json").read_text())
     after = json.loads((tmp_path / "further" / "metrics.json").read_text())
     assert after["started_from"]["best_epoch"] == before["best_epoch"] and after["encoders"] == before["encoders"]
-    assert abs(state["history"][0]["validation"]["rsum"] - before["validation"]["rsum"]) < 60
+    expected = dict(AutoModel.from_pretrained(folder).named_parameters())
+    for name, parameter in AutoModel.from_pretrained(tmp_path / "further").named_parameters():
+        torch.testing.assert_close(parameter, expected[name], msg=name)
+
+
+def test_a_checkpoint_keeps_what_the_recipe_does_not_name(tmp_path):
+    model = tiny_model(
+        aligner="chan", pooling="logsumexp", margin=0.05, use_special_tokens=False, special_token_ids=[0, 2, 3]
+    )
+    model.config.vision_config._name_or_path = "org/vit"
+    model.save_pretrained(tmp_path / "chan")
+    tiny_processor(model_max_length=40).save_pretrained(tmp_path / "chan")
+    recipe = tmp_path / "further.yaml"
+    recipe.write_text(f"checkpoint: {tmp_path / 'chan'}\noutput_dir: {tmp_path / 'further'}\n")
+    train.main([str(recipe), *TINY[: TINY.index("--projection_dim")], "--report_to", "none", "--epochs", "1"])
+    config = AutoModel.from_pretrained(tmp_path / "further").config
+    assert (config.aligner, config.pooling, config.margin, config.use_special_tokens) == ("chan", "logsumexp", 0.05, False)
+    metrics = json.loads((tmp_path / "further" / "metrics.json").read_text())
+    assert metrics["encoders"] == {"vision": "org/vit", "text": "from scratch"}
+
+
+def test_names_of_encoders_hold_no_path(tmp_path):
+    assert _encoder_name(str(tmp_path / "vit")) == "vit"
+    assert _encoder_name("org/vit") == "org/vit"
+    assert _encoder_name("package:some_package/model") == "package:some_package/model"
+    assert _encoder_name("") == "from scratch"
+
+
+def test_notes_reach_metrics_and_card(tmp_path):
+    notes = ["--notes", "Squashed.", "--data_notes", "Drawn here.", "Free."]
+    train.main([*TINY, "--output_dir", str(tmp_path), "--epochs", "1", *notes])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["notes"] == ["Squashed."] and metrics["data_notes"] == ["Drawn here.", "Free."]
+    card = (tmp_path / "README.md").read_text()
+    assert "- Squashed." in card and "- Free." in card
+
+
+def test_demo_measures_unseen_scenes(trained, monkeypatch):
+    folder, _ = trained
+    scenes = load_split("scenes", "test").first(8)
+    monkeypatch.setattr(demo, "load_split", lambda *args: scenes)
+    monkeypatch.setattr(demo, "GALLERY", 4)
+    result = demo.main([str(folder)])
+    assert json.loads((folder / "metrics-demo.json").read_text()) == result
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    hits = [hit for number in range(len(scenes)) for hit in pointing_by_hand(model, processor, scenes, number)]
+    assert result["pointing"]["words"] == len(hits) > 40
+    assert 0 < sum(hits) < len(hits)
+    assert math.isclose(result["pointing"]["accuracy"], 100 * sum(hits) / len(hits))
+
+
+@torch.no_grad()
+def pointing_by_hand(model, processor, scenes, number: int) -> list[bool]:
+    """For each located word of a scene whether the centre of its best patch lies in one of its boxes."""
+    image, captions = scenes.image(number), scenes.captions[number]
+    out = model(**processor(images=image, text=captions, return_tensors="pt"))
+    rows, columns = out.spatial_shapes[0].tolist()
+    original, key, _ = model.config.level_weights
+    hits = []
+    for c, (caption, phrases) in enumerate(zip(captions, scenes.table[scenes.rows[number]]["phrases"], strict=True)):
+        offsets = processor.tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
+        for phrase in phrases:
+            tokens = [
+                t for t, (start, end) in enumerate(offsets) if phrase["char_start"] <= start < end <= phrase["char_end"]
+            ]
+            scores = torch.zeros(rows * columns)
+            for t in tokens:
+                saliency = out.word_saliency[c, t] * out.patch_saliency[0]
+                scores += (original + key * saliency) * (out.patch_embeds[0] @ out.word_embeds[c, t])
+            row, column = divmod(scores.argmax().item(), columns)
+            x, y = (column + 0.5) * image.width / columns, (row + 0.5) * image.height / rows
+            hits.append(any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in phrase["boxes"]))
+    return hits

@@ -3,17 +3,24 @@
 import dataclasses
 import difflib
 import json
+import shlex
 import sys
 from dataclasses import dataclass, field, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
+from accelerate.tracking import get_available_trackers
 from transformers import HfArgumentParser
 
 from granalign_hf.modeling.configuration_granalign import GranAlignConfig
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo-scenes.yaml"
+# Of those in Transformers the ones that need no further numbers and no metric.
+SCHEDULERS = (
+    *("multistep", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+    "inverse_sqrt",
+)
 
 
 def setting(default, description: str):
@@ -53,7 +60,7 @@ class RunArguments:
     captions_per_image: int = setting(1, "Captions drawn for each image of a batch; 0 takes all.")
     learning_rate: float = setting(2e-4, "Learning rate of projections and aligner.")
     encoder_lr_factor: float = setting(0.1, "Factor on the learning rate for the encoders.")
-    lr_scheduler: str = setting("multistep", "`multistep`, or a scheduler name of Transformers such as `cosine`.")
+    lr_scheduler: str = setting("multistep", f"One of {', '.join(SCHEDULERS)}; all but the first as in Transformers.")
     lr_milestones: list[int] = setting([9, 15, 20, 25], "Epochs after which `multistep` lowers the learning rate.")
     lr_gamma: float = setting(0.3, "Factor of each `multistep` drop.")
     lr_warmup_share: float = setting(0.0, "Share of the steps that the other schedulers warm up for.")
@@ -68,21 +75,24 @@ class RunArguments:
     num_workers: int = setting(0, "Processes that load data.")
     eval_batch_size: int = setting(64, "Images per step in validation.")
     eval_interval: int = setting(1, "Epochs between validations.")
-    report_to: str = setting("tensorboard", "An Accelerate tracker, or `none`.")
+    report_to: str = setting("tensorboard", "An installed tracker that Accelerate knows, or `none`.")
     resume: bool = setting(False, "Go on from the last complete epoch in `output_dir`.")
+    notes: list[str] = setting([], "Sentences for the card: what a reader of the figures must know.")
+    data_notes: list[str] = setting([], "Sentences for the card about the data, its licence above all.")
 
 
 def _model_arguments() -> type:
-    """A dataclass of the fields that GranAlignConfig adds, so that every one of them is a run setting too."""
+    """A dataclass of the fields that GranAlignConfig adds, so that every one of them is a run setting too.
+
+    They are None unless given, so that those not named stay as GranAlignConfig, or the checkpoint, has them.
+    """
     fields = []
     for name in GranAlignConfig.__annotations__:
         default = getattr(GranAlignConfig, name)
         if default is None:  # encoders, and what follows from them
             continue
         kind = list[float] if isinstance(default, tuple) else type(default)
-        fields.append(
-            (name, kind, setting(list(default) if isinstance(default, tuple) else default, "See GranAlignConfig."))
-        )
+        fields.append((name, kind | None, setting(None, f"See GranAlignConfig; {default} there.")))
     return make_dataclass("ModelArguments", fields)
 
 
@@ -90,7 +100,7 @@ ModelArguments = _model_arguments()
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, dict, str]:
-    """`[RECIPE.yaml] [--field value ...]` -> run settings, fields of GranAlignConfig, and the command as typed.
+    """`[RECIPE.yaml] [--field value ...]` -> run settings, the named fields of GranAlignConfig, and the command as typed.
 
     Raises:
         SystemExit: a field that does not exist or a value of the wrong type; the message names them all.
@@ -107,7 +117,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, dict, 
     problems = _problems(run)
     if problems:
         parser.error("; ".join(problems))
-    return run, dataclasses.asdict(model), "accelerate launch training/train.py " + " ".join(argv)
+    fields = {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
+    return run, fields, shlex.join(["accelerate", "launch", "training/train.py", *argv])
 
 
 def _recipe_words(recipe: Path, parser: HfArgumentParser) -> list[str]:
@@ -147,17 +158,28 @@ def _problems(run: RunArguments) -> list[str]:
         given = [getattr(run, f"{side}_{kind}") is not None for kind in ("encoder", "config")]
         if sum(given) != (run.checkpoint is None):
             problems.append(f"give one of {side}_encoder (pretrained) and {side}_config (from scratch), or a checkpoint")
-    for name in ("epochs", "batch_size", "eval_interval", "eval_batch_size"):
+    for name in ("epochs", "batch_size", "eval_interval", "eval_batch_size", "num_scenes"):
         if getattr(run, name) < 1:
             problems.append(f"{name} must be at least 1, got {getattr(run, name)}")
     if not 0 < run.crop_scale <= 1:
         problems.append(f"crop_scale must lie in (0, 1], got {run.crop_scale}")
     if not 0 <= run.caption_augmentation < 1:
         problems.append(f"caption_augmentation must lie in [0, 1), got {run.caption_augmentation}")
-    if run.matmul_precision not in ("highest", "high", "medium"):
-        problems.append(f"matmul_precision must be highest, high or medium, got {run.matmul_precision}")
-    if run.mixed_precision not in ("no", "bf16", "fp16"):
-        problems.append(f"mixed_precision must be no, bf16 or fp16, got {run.mixed_precision}")
+    if run.freeze_encoders and (run.crop_scale != 1 or run.caption_augmentation != 0):
+        problems.append(
+            "freeze_encoders trains on stored features, which cannot change: set crop_scale 1 and caption_augmentation 0"
+        )
+    if run.captions_per_image < 0:
+        problems.append(f"captions_per_image must be at least 0, got {run.captions_per_image}")
+    trackers = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    for name, known in (
+        ("matmul_precision", ("highest", "high", "medium")),
+        ("mixed_precision", ("no", "bf16", "fp16")),
+        ("lr_scheduler", SCHEDULERS),
+        ("report_to", ("none", *trackers)),
+    ):
+        if getattr(run, name) not in known:
+            problems.append(f"{name} must be one of {', '.join(known)}, got {getattr(run, name)}")
     return problems
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutput
 
+from granalign_hf.modeling import processing_granalign
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.data import CaptionedImages, draw_captions
@@ -27,6 +31,7 @@ class TokenFeatures:
     word_hidden: np.ndarray  # (all tokens, hidden)
     word_ids: np.ndarray  # (all tokens,)
     word_offsets: np.ndarray  # (captions + 1,)
+    image_size: tuple[int, int]  # (height, width) in pixels of what the vision encoder saw
     first_caption: np.ndarray  # (N + 1,)
 
     def caption(self, number: int) -> slice:
@@ -44,17 +49,28 @@ def token_features(
     """Reads the features of a split, or computes and stores them.
 
     Their key is made of the encoders' weights, the preprocessing and the data, so that a stale cache is never read. A cache
-    that is not complete is made anew.
+    appears as a whole, so that it is never read half-written, whoever else computes the same one.
+
+    Raises:
+        ValueError: an encoder's output is not finite or too large for float16; the message names the image or caption.
     """
     folder = folder / _key(model, processor, data)
-    if not (folder / "complete").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _compute(model, processor, data, folder, batch_size, is_quiet)
-        (folder / "complete").touch()
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as workplace:
+            new = Path(workplace) / "features"
+            new.mkdir()
+            _compute(model, processor, data, new, batch_size, is_quiet)
+            try:
+                os.replace(new, folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another run was faster, with the same features
+                    raise
     arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("image_hidden", "word_hidden")}
     arrays |= {n: np.load(folder / f"{n}.npy") for n in ("word_ids", "word_offsets")}
+    height, width = np.load(folder / "image_size.npy").tolist()
     first_caption = np.concatenate([[0], np.cumsum([len(captions) for captions in data.captions])])
-    return TokenFeatures(data, first_caption=first_caption, **arrays)
+    return TokenFeatures(data, image_size=(height, width), first_caption=first_caption, **arrays)
 
 
 def _key(model: GranAlignModel, processor: GranAlignProcessor, data: CaptionedImages) -> str:
@@ -66,9 +82,14 @@ def _key(model: GranAlignModel, processor: GranAlignProcessor, data: CaptionedIm
             digest.update(
                 weight.contiguous().cpu().view(torch.uint8).numpy().tobytes() if weight.ndim else repr(weight).encode()
             )
-    digest.update(processor.image_processor.to_json_string().encode())
-    digest.update(processor.tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(json.dumps([data.table._fingerprint, data.rows, data.captions]).encode())
+    image_settings = json.loads(processor.image_processor.to_json_string())
+    image_settings.pop("auto_map", None)  # where its code lies, once it was saved
+    digest.update(json.dumps(image_settings).encode())
+    digest.update(Path(processing_granalign.__file__).read_bytes())  # how a picture becomes RGB is code, not a setting
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    del tokenizer["truncation"], tokenizer["padding"]  # those of the last call
+    digest.update(json.dumps([tokenizer, processor.tokenizer.model_max_length]).encode())
+    digest.update(json.dumps([data.table._fingerprint, data.image_column, data.rows, data.captions]).encode())
     return digest.hexdigest()[:32]
 
 
@@ -76,31 +97,47 @@ def _key(model: GranAlignModel, processor: GranAlignProcessor, data: CaptionedIm
 def _compute(model, processor, data: CaptionedImages, folder: Path, batch_size: int, is_quiet: bool) -> None:
     device = model.device
     model.eval()
-    images = None
+
+    def pixel_values(numbers: range) -> Tensor:
+        pixels = processor.image_processor([data.image(n) for n in numbers], return_tensors="pt")["pixel_values"]
+        return pixels.to(device)
+
+    first = pixel_values(range(1))
+    np.save(folder / "image_size.npy", np.array(first.shape[-2:]))
+    shape = (len(data), *model.vision_model(first).last_hidden_state.shape[1:])
+    images = np.lib.format.open_memmap(folder / "image_hidden.npy", "w+", np.float16, shape)
     for start in tqdm(range(0, len(data), batch_size), desc="image features", disable=is_quiet):
         numbers = range(start, min(start + batch_size, len(data)))
-        pixels = processor.image_processor([data.image(n) for n in numbers], return_tensors="pt")["pixel_values"]
-        hidden = model.vision_model(pixels.to(device)).last_hidden_state
-        if images is None:
-            shape = (len(data), *hidden.shape[1:])
-            images = np.lib.format.open_memmap(folder / "image_hidden.npy", "w+", np.float16, shape)
-        images[start : start + len(numbers)] = hidden.half().cpu().numpy()
+        hidden = model.vision_model(pixel_values(numbers)).last_hidden_state
+        images[start : start + len(numbers)] = _to_half(hidden, [f"image `{data.image_ids[n]}`" for n in numbers])
     images.flush()
-    captions = [caption for captions in data.captions for caption in captions]
+    captions = data.all_captions
     ids = processor.tokenizer(captions, truncation=True)["input_ids"]
     offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
     shape = (int(offsets[-1]), model.config.text_config.hidden_size)
     words = np.lib.format.open_memmap(folder / "word_hidden.npy", "w+", np.float16, shape)
     by_length = np.argsort([len(i) for i in ids], kind="stable")
     for start in tqdm(range(0, len(ids), 4 * batch_size), desc="caption features", disable=is_quiet):
-        numbers = by_length[start : start + 4 * batch_size]
-        batch = processor.tokenizer.pad({"input_ids": [ids[n] for n in numbers]}, return_tensors="pt").to(device)
-        hidden = model.text_model(**batch).last_hidden_state.half().cpu().numpy()
-        for number, tokens in zip(numbers, hidden, strict=True):
+        chosen = by_length[start : start + 4 * batch_size]
+        batch = processor.tokenizer.pad({"input_ids": [ids[n] for n in chosen]}, return_tensors="pt").to(device)
+        hidden = model.text_model(**batch).last_hidden_state.masked_fill(~batch["attention_mask"].bool()[..., None], 0)
+        for number, tokens in zip(chosen, _to_half(hidden, [f"caption {captions[n]!r}" for n in chosen]), strict=True):
             words[offsets[number] : offsets[number + 1]] = tokens[: len(ids[number])]
     words.flush()
     np.save(folder / "word_ids.npy", np.concatenate(ids))
     np.save(folder / "word_offsets.npy", offsets)
+
+
+def _to_half(hidden: Tensor, names: list[str]) -> np.ndarray:
+    """(n, ...) -> float16, all of it finite."""
+    half = hidden.half()
+    for name, one, is_finite in zip(names, hidden, half.flatten(1).isfinite().all(1).tolist(), strict=True):
+        if not is_finite:
+            raise ValueError(
+                f"The features of {name} do not fit float16: they reach {one.abs().max():g}, it holds up to 65504. Train "
+                "without `freeze_encoders`, or with another encoder."
+            )
+    return half.cpu().numpy()
 
 
 class FeatureImages(torch.utils.data.Dataset):
@@ -135,6 +172,7 @@ class FeatureCollator:
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
             "vision_model_output": BaseModelOutput(last_hidden_state=images.float()),
+            "image_size": self.features.image_size,
             "text_model_output": BaseModelOutput(last_hidden_state=words.float()),
             "image_ids": torch.tensor([item["number"] for item in items]),
             "caption_image_ids": torch.tensor([item["number"] for item in items for _ in item["captions"]]),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
+from granalign_hf.modeling.configuration_granalign import GranAlignConfig
 from granalign_hf.training.arguments import RunArguments
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.runtime import hardware, portable
@@ -14,12 +16,16 @@ from granalign_hf.training.runtime import hardware, portable
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "granalign-hf")
 
 
-def run_record(run: RunArguments, command: str, train_data: CaptionedImages, state: dict) -> dict:
-    """The content of metrics.json: what was run, on what, and every epoch's figures."""
+def run_record(run: RunArguments, command: str, config: GranAlignConfig, train_data: CaptionedImages, state: dict) -> dict:
+    """The content of metrics.json: what was run, on what, and every epoch's figures.
+
+    Args:
+        command: as typed. config: of the model. state: with the `history` of the epochs, `best_epoch` and `seconds`.
+    """
     before = _earlier_run(run.checkpoint)
-    best = next((r for r in state["history"] if r["epoch"] == state["best_epoch"]), {})
+    best: dict = next((r for r in state["history"] if r["epoch"] == state["best_epoch"]), {})
     return {
-        "recipe": next((word for word in command.split() if word.endswith(".yaml")), "demo-scenes.yaml"),
+        "recipe": next((word for word in shlex.split(command) if word.endswith(".yaml")), "demo-scenes.yaml"),
         "command": portable(command),
         "seed": run.seed,
         "date": datetime.date.today().isoformat(),
@@ -34,13 +40,17 @@ def run_record(run: RunArguments, command: str, train_data: CaptionedImages, sta
         "num_train_captions": sum(len(captions) for captions in train_data.captions),
         "encoders": before["encoders"]
         if before
-        else {"vision": _encoder_name(run.vision_encoder), "text": _encoder_name(run.text_encoder)},
+        else {
+            "vision": _encoder_name(run.vision_encoder or config.vision_config._name_or_path),
+            "text": _encoder_name(run.text_encoder or config.text_config._name_or_path),
+        },
         "frozen_encoders": run.freeze_encoders,
         "best_epoch": state["best_epoch"],
         "validation": best.get("validation", {}),
         "diagnostics": best.get("diagnostics", {}),
         "history": state["history"],
-        "notes": [],
+        "notes": run.notes,
+        "data_notes": run.data_notes,
     }
 
 
@@ -50,7 +60,8 @@ def _earlier_run(checkpoint: str | None) -> dict | None:
     return json.loads(path.read_text()) if path and path.is_file() else None
 
 
-def _encoder_name(name: str | None) -> str:
-    if name is None:
+def _encoder_name(name: str) -> str:
+    """What stands in the record: no path of this machine."""
+    if not name:
         return "from scratch"
-    return name if name.startswith("package:") else Path(name).name
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def set_up_torch(matmul_precision: str, num_processes: int = 1) -> None:
 
 def portable(command: str) -> str:
     """A command as it may be published: of an absolute path only the last name stays."""
-    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in command.split())
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in shlex.split(command))
 
 
 def hardware() -> str:

@@ -7,11 +7,11 @@ Without arguments it trains the demo's recipe on drawn scenes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,11 +23,13 @@ from transformers import get_scheduler
 
 from granalign_hf.evaluation import ranks_to_metrics, retrieval_ranks
 from granalign_hf.model_card import write_model_card
+from granalign_hf.modeling.modeling_granalign import GranAlignModel
+from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments, parse_arguments
 from granalign_hf.training.build import build
-from granalign_hf.training.data import Collator, TrainingImages, load_split
+from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split
 from granalign_hf.training.evaluate import diagnostics, encode, score_matrix
-from granalign_hf.training.features import FeatureCollator, FeatureImages, token_features
+from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.record import run_record
 from granalign_hf.training.runtime import set_up_torch
@@ -35,7 +37,32 @@ from granalign_hf.training.runtime import set_up_torch
 logger = get_logger(__name__)
 
 
+@dataclass
+class Training:
+    """All that the epochs need: what [`set_up`] makes of the settings."""
+
+    run: RunArguments
+    accelerator: Accelerator
+    train_data: CaptionedImages
+    val_data: CaptionedImages
+    val_features: TokenFeatures | None
+    processor: GranAlignProcessor
+    model: torch.nn.Module
+    images: TrainingImages | FeatureImages
+    order: torch.Generator
+    loader: torch.utils.data.DataLoader
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    @property
+    def plain_model(self) -> GranAlignModel:
+        """The model without what Accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+
 def main(argv: list[str] | None = None) -> dict:
+    """Trains a model; returns the state of the run: `history`, `best_epoch`, `seconds`."""
+    started = time.perf_counter()
     run, fields, command = parse_arguments(argv)
     output = Path(run.output_dir)
     accelerator = Accelerator(
@@ -45,25 +72,67 @@ def main(argv: list[str] | None = None) -> dict:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     set_up_torch(run.matmul_precision, accelerator.num_processes)
-    is_main = accelerator.is_main_process
-    if is_main:
-        output.mkdir(parents=True, exist_ok=True)
     set_seed(run.seed)
+    training = set_up(run, fields, accelerator)
+    state: dict = {"epoch": 0, "best_epoch": None, "seconds": 0.0, "history": []}
+    if run.resume:
+        state = resume(accelerator, output)
+    elif accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(output / "state", ignore_errors=True)  # of an earlier run: `resume` would take it for this one's
+    started -= state["seconds"]
+    if run.report_to != "none":
+        accelerator.init_trackers("granalign")
+    for epoch in range(state["epoch"], run.epochs):
+        record: dict = {"epoch": epoch + 1, **train_epoch(training, epoch, _last_rsum(state))}
+        is_due = (epoch + 1) % run.eval_interval == 0 or epoch + 1 == run.epochs
+        if accelerator.is_main_process and is_due:
+            record |= validate_epoch(training, epoch)
+        state["history"].append(record)
+        state["epoch"] = epoch + 1
+        state["seconds"] = time.perf_counter() - started
+        if "validation" in record:
+            # Validation selects the checkpoint that stays.
+            best = max((r for r in state["history"] if "validation" in r), key=lambda r: r["validation"]["rsum"])
+            if best is record:
+                state["best_epoch"] = epoch + 1
+                save_checkpoint(training.plain_model, training.processor, output)
+            write_metrics(output, training, command, state)
+            tqdm.write(f"epoch {epoch + 1}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
+        save_state(accelerator, output, state)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        print(f"best epoch {state['best_epoch']}: checkpoint and metrics in {output}")
+    return state
 
+
+def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Training:
+    """Data, model, order, optimiser and schedule of a run.
+
+    Args:
+        fields: of `GranAlignConfig`, as named in the recipe or on the command line.
+
+    Raises:
+        ValueError: the data or the model cannot be had, or there are fewer images than a batch needs.
+    """
     # Data and model
     columns = (run.dataset_config, run.image_column, run.caption_column, run.image_id_column)
     train_data = load_split(run.dataset, run.train_split, *columns, num_scenes=run.num_scenes).first(run.max_train_images)
     val_data = load_split(run.dataset, run.validation_split, *columns).first(run.max_eval_images)
-    model, processor = build(run, fields, [caption for captions in train_data.captions for caption in captions])
+    model, processor = build(run, fields, train_data.all_captions)
+    if accelerator.is_main_process:
+        processor.warn_of_truncation(train_data.all_captions + val_data.all_captions)
     val_features = None
+    images: TrainingImages | FeatureImages
+    collate: Collator | FeatureCollator
     if run.freeze_encoders:
         model.vision_model.requires_grad_(False)
         model.text_model.requires_grad_(False)
         model.to(accelerator.device)
-        cache = Path("runs") / "features"
+        cache, is_quiet = Path("runs") / "features", not accelerator.is_main_process
         with accelerator.main_process_first():
-            train_features = token_features(model, processor, train_data, cache, run.eval_batch_size, not is_main)
-            val_features = token_features(model, processor, val_data, cache, run.eval_batch_size, not is_main)
+            train_features = token_features(model, processor, train_data, cache, run.eval_batch_size, is_quiet)
+            val_features = token_features(model, processor, val_data, cache, run.eval_batch_size, is_quiet)
         images = FeatureImages(train_features, run.captions_per_image, run.seed)
         collate = FeatureCollator(train_features)
     else:
@@ -81,92 +150,85 @@ def main(argv: list[str] | None = None) -> dict:
         num_workers=run.num_workers,
         drop_last=True,
     )
-    if len(loader) == 0:
-        raise ValueError(f"`batch_size` {run.batch_size} is larger than the {len(images)} training images.")
     optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=run.learning_rate)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    scheduler = accelerator.prepare(make_scheduler(optimizer, run, len(loader)))
-    state = {"epoch": 0, "best_epoch": None, "seconds": 0.0, "history": []}
-    if run.resume:
-        state = resume(accelerator, output)
-    if accelerator.trackers or run.report_to != "none":
-        accelerator.init_trackers("granalign")
+    if len(loader) == 0:
+        needed = run.batch_size * accelerator.num_processes
+        raise ValueError(f"`batch_size` {run.batch_size} needs {needed} training images for one step, got {len(images)}.")
+    # Not prepared: Accelerate would step it once for every process, as if its length were counted in their batches.
+    scheduler = make_scheduler(optimizer, run, len(loader))
+    accelerator.register_for_checkpointing(scheduler)
+    return Training(
+        run, accelerator, train_data, val_data, val_features, processor, model, images, order, loader, optimizer, scheduler
+    )
 
-    # Epochs
-    for epoch in range(state["epoch"], run.epochs):
-        started = time.perf_counter()
-        order.manual_seed(run.seed * 100_003 + epoch)
-        images.epoch = epoch
-        model.train()
-        if run.freeze_encoders:
-            accelerator.unwrap_model(model).vision_model.eval()
-            accelerator.unwrap_model(model).text_model.eval()
-        use_hard_negatives = epoch >= run.warmup_epochs
-        totals: dict[str, float] = {}
-        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{run.epochs}", disable=not is_main)
-        for step, batch in enumerate(bar):
-            out = model(**batch, return_loss=True, use_hard_negatives=use_hard_negatives)
-            values = {name: value.detach().float().item() for name, value in {"loss": out.loss, **out.loss_terms}.items()}
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"The loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: {values}")
-            accelerator.backward(out.loss)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value / len(loader)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=_last_rsum(state))
-            if step % 20 == 0:
-                lrs = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
-                accelerator.log(
-                    {f"train/{n}": v for n, v in values.items()} | lrs | {"train/grad_norm": float(grad_norm)},
-                    step=epoch * len(loader) + step,
-                )
-        warn_if_stuck(totals, run, fields["margin"], use_hard_negatives)
 
-        # Validation selects the checkpoint that stays
-        record = {"epoch": epoch + 1, **totals}
-        is_last = epoch + 1 == run.epochs
-        if is_main and ((epoch + 1) % run.eval_interval == 0 or is_last):
-            record["validation"], record["diagnostics"] = validate(
-                accelerator.unwrap_model(model), processor, val_data, val_features, run.eval_batch_size
-            )
-            accelerator.log({f"validation/{n}": v for n, v in record["validation"].items()}, step=(epoch + 1) * len(loader))
-            tqdm.write(f"epoch {epoch + 1}: loss {totals['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
-        state["history"].append(record)
-        state["epoch"] = epoch + 1
-        state["seconds"] += time.perf_counter() - started
-        if is_main and "validation" in record:
-            best = max((r for r in state["history"] if "validation" in r), key=lambda r: r["validation"]["rsum"])
-            if best is record:
-                state["best_epoch"] = epoch + 1
-                save_checkpoint(accelerator.unwrap_model(model), processor, output)
-            write_metrics(output, run, command, train_data, state)
-        accelerator.wait_for_everyone()
-        save_state(accelerator, output, state)
-    accelerator.end_training()
-    if is_main:
-        print(f"best epoch {state['best_epoch']}: checkpoint and metrics in {output}")
-    return state
+def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, float]:
+    """One pass over the training images; the mean of the loss and of each of its terms.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    run, accelerator, model = training.run, training.accelerator, training.model
+    num_steps = len(training.loader)
+    training.order.manual_seed(run.seed * 100_003 + epoch)
+    training.images.epoch = epoch
+    model.train()
+    if run.freeze_encoders:
+        training.plain_model.vision_model.eval()
+        training.plain_model.text_model.eval()
+    use_hard_negatives = epoch >= run.warmup_epochs
+    totals: dict[str, float] = {}
+    bar = tqdm(training.loader, desc=f"epoch {epoch + 1}/{run.epochs}", disable=not accelerator.is_main_process)
+    for step, batch in enumerate(bar):
+        out = model(**batch, return_loss=True, use_hard_negatives=use_hard_negatives)
+        values = {name: value.detach().float().item() for name, value in {"loss": out.loss, **out.loss_terms}.items()}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"The loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: {values}")
+        accelerator.backward(out.loss)
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
+        training.optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            training.scheduler.step()
+        training.optimizer.zero_grad()
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + value / num_steps
+        bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum)
+        if step % 20 == 0:
+            logged = {f"train/{name}": value for name, value in values.items()} | {"train/grad_norm": float(grad_norm)}
+            logged |= {f"lr/{group['name']}": group["lr"] for group in training.optimizer.param_groups}
+            accelerator.log(logged, step=epoch * num_steps + step)
+    warn_if_stuck(totals, run, training.plain_model.config.margin, use_hard_negatives)
+    return totals
+
+
+def validate_epoch(training: Training, epoch: int) -> dict[str, dict]:
+    """`validation` and `diagnostics` of an epoch, logged too."""
+    metrics, values = validate(
+        training.plain_model, training.processor, training.val_data, training.val_features, training.run.eval_batch_size
+    )
+    step = (epoch + 1) * len(training.loader)
+    training.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+    return {"validation": metrics, "diagnostics": values}
 
 
 def parameter_groups(model: torch.nn.Module, run: RunArguments) -> list[dict]:
     """New layers at the full rate, encoders at a part of it; weight decay for matrices only."""
     groups = []
     for is_encoder in (False, True):
-        for decay in (run.weight_decay, 0.0):
+        for is_matrix in (True, False):
             parameters = [
                 p
                 for name, p in model.named_parameters()
                 if p.requires_grad
                 and name.startswith(("vision_model.", "text_model.")) == is_encoder
-                and (p.ndim > 1) == (decay > 0)
+                and (p.ndim > 1) == is_matrix
             ]
-            factor = run.encoder_lr_factor if is_encoder else 1.0
+            rate = run.learning_rate * (run.encoder_lr_factor if is_encoder else 1.0)
+            decay = run.weight_decay if is_matrix else 0.0
             if parameters:
                 name = "encoders" if is_encoder else "new_layers"
-                groups.append({"params": parameters, "weight_decay": decay, "lr": run.learning_rate * factor, "name": name})
+                groups.append({"params": parameters, "weight_decay": decay, "lr": rate, "name": name})
     return groups
 
 
@@ -183,7 +245,7 @@ def validate(model, processor, data, features, batch_size: int) -> tuple[dict, d
     model.eval()
     image, text = encode(model, processor, data, batch_size, features)
     metrics = ranks_to_metrics(retrieval_ranks(score_matrix(model, image, text), data.caption_image_index))
-    return metrics, diagnostics(image, text)
+    return metrics, diagnostics(image, text, data.caption_image_index)
 
 
 def warn_if_stuck(totals: dict[str, float], run: RunArguments, margin: float, use_hard_negatives: bool) -> None:
@@ -204,31 +266,45 @@ def save_checkpoint(model, processor, output: Path) -> None:
     processor.save_pretrained(output)
 
 
-def write_metrics(output: Path, run: RunArguments, command: str, train_data, state: dict) -> None:
+def write_metrics(output: Path, training: Training, command: str, state: dict) -> None:
     """metrics.json, the learning curve and the card beside the best checkpoint."""
-    (output / "metrics.json").write_text(json.dumps(run_record(run, command, train_data, state), indent=2) + "\n")
+    record = run_record(training.run, command, training.plain_model.config, training.train_data, state)
+    (output / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     plot_history(state["history"], output / "learning_curve.png")
     write_model_card(output)
 
 
 def save_state(accelerator: Accelerator, output: Path, state: dict) -> None:
-    """Everything that `--resume` needs, replaced as a whole so that a half-written state is never read."""
-    new, last = output / "state.new", output / "state"
+    """Everything that `--resume` needs, in a folder of its own; those of earlier epochs are removed after that.
+
+    A folder counts from the moment that it holds progress.json, which is written last and appears as a whole.
+    """
+    new = output / "state" / f"epoch-{state['epoch']}"
     accelerator.save_state(str(new))
+    accelerator.wait_for_everyone()  # each process writes its own random state
     if accelerator.is_main_process:
-        (new / "progress.json").write_text(json.dumps(state))
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(last)
-        new.rename(last)
+        (new / "progress.tmp").write_text(json.dumps(state))
+        (new / "progress.tmp").replace(new / "progress.json")
+        for other in (output / "state").iterdir():
+            if other != new:
+                shutil.rmtree(other)
     accelerator.wait_for_everyone()
 
 
 def resume(accelerator: Accelerator, output: Path) -> dict:
-    folder = output / "state"
-    if not (folder / "progress.json").is_file():
-        raise ValueError(f"`resume` found no saved state in {folder}. Start without --resume, or name the right output_dir.")
-    accelerator.load_state(str(folder))
-    return json.loads((folder / "progress.json").read_text())
+    """Loads the newest complete state of [`save_state`] and returns the progress of the run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    complete = [path.parent for path in (output / "state").glob("epoch-*/progress.json")]
+    if not complete:
+        raise ValueError(
+            f"`resume` found no saved state in {output / 'state'}. Start without --resume, or name the right output_dir."
+        )
+    newest = max(complete, key=lambda folder: int(folder.name.removeprefix("epoch-")))
+    accelerator.load_state(str(newest))
+    return json.loads((newest / "progress.json").read_text())
 
 
 def _last_rsum(state: dict) -> str:

@@ -1,0 +1,101 @@
+"""Features of frozen encoders: the same scores as from pixels, a cache that is never stale or half-written."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from tiny import PATCHES, tiny_model, tiny_processor
+
+from granalign_hf.training import evaluate, features
+from granalign_hf.training.data import CaptionedImages
+from granalign_hf.training.features import token_features
+
+CAPTIONS = [["a red dog", "dog"], ["two blue cats on the square"], ["green"]]
+
+
+@pytest.fixture
+def data():
+    """Three pictures in two columns, `image` and `other`."""
+    rng = np.random.default_rng(0)
+    noise = [[PILImage.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)) for _ in CAPTIONS] for _ in range(2)]
+    table = Dataset.from_dict(
+        {"image": noise[0], "other": noise[1], "captions": CAPTIONS},
+        features=Features({"image": Image(), "other": Image(), "captions": List(Value("string"))}),
+    )
+    return CaptionedImages(table, "image", [0, 1, 2], ["first.png", "second.png", "third.png"], CAPTIONS)
+
+
+VISION = {
+    "vit": lambda: tf.ViTConfig(**PATCHES),
+    "dinov2 for larger images": lambda: tf.Dinov2Config(**PATCHES | {"image_size": 32}),
+    "resnet": lambda: tf.ResNetConfig(embedding_size=8, layer_type="basic", hidden_sizes=[8, 32], depths=[1, 1]),
+}
+
+
+@pytest.mark.parametrize("vision", VISION.values(), ids=VISION.keys())
+def test_scores_are_those_from_pixels(data, vision, tmp_path):
+    model, processor = tiny_model(vision()), tiny_processor()
+    stored = token_features(model, processor, data, tmp_path, batch_size=2)
+    assert stored.image_size == (16, 16)
+    from_features = evaluate.score_matrix(model, *evaluate.encode(model, processor, data, 2, stored))
+    from_pixels = evaluate.score_matrix(model, *evaluate.encode(model, processor, data, 2))
+    np.testing.assert_allclose(from_features, from_pixels, atol=2e-3)
+    batch = features.FeatureCollator(stored)([features.FeatureImages(stored, 1, seed=0)[n] for n in (2, 0)])
+    assert torch.isfinite(model(**batch, return_loss=True).loss)
+
+
+def test_another_picture_column_or_rule_is_another_cache(data, tmp_path, monkeypatch):
+    model, processor = tiny_model(), tiny_processor()
+    token_features(model, processor, data, tmp_path, batch_size=2)
+    processor.tokenizer("a dog", truncation=False)  # leaves no trace in the key
+    token_features(model, processor, data, tmp_path, batch_size=2)
+    assert len(list(tmp_path.iterdir())) == 1
+    data.image_column = "other"
+    token_features(model, processor, data, tmp_path, batch_size=2)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(features.processing_granalign, "__file__", __file__)
+    token_features(model, processor, data, tmp_path, batch_size=2)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_two_runs_at_the_same_time_do_not_meet(data, tmp_path, monkeypatch):
+    model, processor = tiny_model(), tiny_processor()
+    compute, folders = features._compute, []
+
+    def compute_while_another_run_does(model, processor, data, folder, *rest):
+        folders.append(folder)
+        if len(folders) == 1:
+            token_features(model, processor, data, tmp_path, batch_size=2)
+        compute(model, processor, data, folder, *rest)
+
+    monkeypatch.setattr(features, "_compute", compute_while_another_run_does)
+    stored = token_features(model, processor, data, tmp_path, batch_size=2)
+    assert len(set(folders)) == 2 and len(list(tmp_path.iterdir())) == 1
+    assert np.isfinite(stored.image_hidden).all() and stored.image_hidden.any()
+
+
+def test_an_interrupted_cache_is_not_read(data, tmp_path, monkeypatch):
+    model, processor = tiny_model(), tiny_processor()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(processor.tokenizer, "pad", _interrupt)
+        token_features(model, processor, data, tmp_path, batch_size=2)
+    assert not list(tmp_path.iterdir())
+    assert token_features(model, processor, data, tmp_path, batch_size=2).word_hidden.any()
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_features_that_float16_cannot_hold_are_named(data, tmp_path, value):
+    model, processor = tiny_model(), tiny_processor()
+    torch.nn.init.constant_(model.text_model.encoder.layer[-1].output.LayerNorm.weight, value)
+    with pytest.raises(ValueError, match="features of caption 'dog' do not fit float16"):
+        token_features(model, processor, data, tmp_path, batch_size=2)
+    torch.nn.init.constant_(model.vision_model.layernorm.weight, value)
+    with pytest.raises(ValueError, match=r"features of image `first\.png` do not fit float16"):
+        token_features(model, processor, data, tmp_path, batch_size=2)
+    assert not list(tmp_path.iterdir())
