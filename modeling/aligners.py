@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .losses import gaussian_kl, reconstruction_loss, region_entropy
 from .regions import RegionMixture
 from .saliency import SaliencyAdapter
-from .similarity import hard_alignment, level_similarities
+from .similarity import cross_attention, hard_alignment, level_similarities
 
 
 class Aligner(nn.Module):
@@ -55,17 +55,19 @@ class GRM(Aligner):
             "kl": config.kl_weight,
             "entropy": config.entropy_weight,
         }
-        self.patch_adapter = SaliencyAdapter(config.projection_dim, config.saliency_temperature)
-        self.word_adapter = SaliencyAdapter(config.projection_dim, config.saliency_temperature)
-        self.regions = RegionMixture(config.projection_dim, config.num_regions, config.region_logit_scale)
+        dim, temperature = config.projection_dim, config.saliency_temperature
+        self.patch_adapter = SaliencyAdapter(dim, temperature) if config.use_patch_adapter else None
+        self.word_adapter = SaliencyAdapter(dim, temperature) if config.use_word_adapter else None
+        num_regions = config.num_regions if config.use_region_prompts else None
+        self.regions = RegionMixture(dim, num_regions, config.region_logit_scale, config.use_region_uncertainty)
 
     def describe_image(self, patch_embeds: Tensor, patch_mask: Tensor) -> dict[str, Tensor]:
         patch_embeds = _zero_padding(patch_embeds, patch_mask)
-        saliency = self.patch_adapter(patch_embeds) * patch_mask
+        saliency = _saliency(self.patch_adapter, patch_embeds, patch_mask)
         return {"patch_saliency": saliency, **self.regions(patch_embeds * saliency[..., None], patch_mask)}
 
     def describe_text(self, word_embeds: Tensor, word_mask: Tensor) -> dict[str, Tensor]:
-        return {"word_saliency": self.word_adapter(_zero_padding(word_embeds, word_mask)) * word_mask}
+        return {"word_saliency": _saliency(self.word_adapter, _zero_padding(word_embeds, word_mask), word_mask)}
 
     def similarities(self, image, text) -> Tensor:
         return level_similarities(
@@ -82,9 +84,10 @@ class GRM(Aligner):
         salient_patches = _zero_padding(image.patch_embeds, image.patch_mask) * image.patch_saliency[..., None]
         values = {
             "reconstruction": reconstruction_loss(image.region_embeds, salient_patches, image.patch_mask),
-            "kl": gaussian_kl(image.region_means, image.region_log_vars),
             "entropy": region_entropy(image.region_affinity, image.patch_mask),
         }
+        if image.region_log_vars is not None:
+            values["kl"] = gaussian_kl(image.region_means, image.region_log_vars)
         return {name: (self.weights[name], value) for name, value in values.items()}
 
 
@@ -108,6 +111,19 @@ class CHAN(Aligner):
         )[None]
 
 
+class SCAN(Aligner):
+    """Stacked cross-attention (Lee et al., ECCV 2018): each token against what it attends to on the other side."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.directions = ("t2i", "i2t") if config.attention_direction == "both" else (config.attention_direction,)
+
+    def similarities(self, image, text) -> Tensor:
+        tokens = (image.patch_embeds, text.word_embeds, text.word_mask)
+        scores = [cross_attention(*tokens, patch_mask=image.patch_mask, direction=d) for d in self.directions]
+        return torch.stack(scores).mean(0, keepdim=True)
+
+
 class VSE(Aligner):
     """VSE++ (BMVC 2018): tokens pooled to one vector a side, and their cosine."""
 
@@ -127,6 +143,12 @@ def _zero_padding(tokens: Tensor, mask: Tensor) -> Tensor:
     return tokens.masked_fill(~mask[..., None], 0)
 
 
+def _saliency(adapter: SaliencyAdapter | None, tokens: Tensor, mask: Tensor) -> Tensor:
+    """(n, L): in [0, 1], 0 for padding; 1 for every real token where there is no adapter."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    return mask.to(dtype) if adapter is None else adapter(tokens) * mask
+
+
 def _pool(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """(n, L, d) tokens -> (n, d) unit-length vectors; a row without tokens gives 0."""
     if pooling == "max":
@@ -136,4 +158,4 @@ def _pool(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return nn.functional.normalize(pooled, dim=-1)
 
 
-ALIGNERS: dict[str, type[Aligner]] = {"grm": GRM, "max_mean": MaxMean, "chan": CHAN, "vse++": VSE}
+ALIGNERS: dict[str, type[Aligner]] = {"grm": GRM, "max_mean": MaxMean, "chan": CHAN, "scan": SCAN, "vse++": VSE}

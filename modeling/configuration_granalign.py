@@ -9,7 +9,14 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .encoders import num_prefix_tokens, special_token_ids
 
-POOLINGS = {"grm": ("mean",), "max_mean": ("mean",), "chan": ("mean", "logsumexp"), "vse++": ("mean", "max")}
+POOLINGS = {
+    "grm": ("mean",),
+    "max_mean": ("mean",),
+    "chan": ("mean", "logsumexp"),
+    "scan": ("mean",),
+    "vse++": ("mean", "max"),
+}
+ATTENTION_DIRECTIONS = ("t2i", "i2t", "both")
 
 
 @strict
@@ -25,12 +32,22 @@ class GranAlignConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Config of the text encoder. Defaults to a BERT-base.
         aligner (`str`, defaults to `"grm"`):
-            `"grm"`; `"chan"`: hard alignment; `"vse++"`: pooled vectors and their cosine; `"max_mean"`: the bidirectional
-            maximum of GRM without adapters and regions.
+            `"grm"`; `"chan"`: hard alignment; `"scan"`: cross-attention; `"vse++"`: pooled vectors and their cosine;
+            `"max_mean"`: the bidirectional maximum of GRM without adapters and regions.
         pooling (`str`, defaults to `"mean"`):
             How tokens are pooled: `"mean"` or `"logsumexp"` over the words for CHAN, `"mean"` or `"max"` for VSE++.
+        attention_direction (`str`, defaults to `"t2i"`):
+            Of SCAN: `"t2i"` (words attend over patches), `"i2t"` (patches attend over words) or `"both"` (their mean).
         projection_dim (`int`, defaults to 512):
             Width of the shared token space [d].
+        patch_dropout (`float`, defaults to 0.0):
+            Share of the patches, drawn anew for each image and step, that take no part in training (0.2 in CHAN).
+        use_patch_adapter, use_word_adapter (`bool`, defaults to `True`):
+            Whether GRM judges the saliency of patches and of words; without its adapter every token has saliency 1.
+        use_region_prompts (`bool`, defaults to `True`):
+            Whether prompts gather GRM's patches into regions; without them every patch is a region of its own.
+        use_region_uncertainty (`bool`, defaults to `True`):
+            Whether GRM's regions have a variance; without it a region is its mean, in training too.
         num_regions (`int`, defaults to 5):
             Number of region prompts [K], at least 1.
         region_logit_scale (`float`, defaults to 1.0):
@@ -77,7 +94,13 @@ class GranAlignConfig(PreTrainedConfig):
     text_config: PreTrainedConfig | dict | None = None
     aligner: str = "grm"
     pooling: str = "mean"
+    attention_direction: str = "t2i"
     projection_dim: int = 512
+    patch_dropout: float | int = 0.0
+    use_patch_adapter: bool = True
+    use_word_adapter: bool = True
+    use_region_prompts: bool = True
+    use_region_uncertainty: bool = True
     num_regions: int = 5
     region_logit_scale: float | int = 1.0
     saliency_temperature: float | int = 1.0
@@ -114,6 +137,12 @@ class GranAlignConfig(PreTrainedConfig):
             raise ValueError(
                 f"`pooling` of the aligner {self.aligner!r} must be one of {POOLINGS[self.aligner]}, got {self.pooling!r}."
             )
+        if self.attention_direction not in ATTENTION_DIRECTIONS:
+            raise ValueError(
+                f"`attention_direction` must be one of {ATTENTION_DIRECTIONS}, got {self.attention_direction!r}."
+            )
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"`patch_dropout` must lie in [0, 1), got {self.patch_dropout}.")
         for name in ("projection_dim", "num_regions", "patch_pool_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

@@ -1,6 +1,7 @@
 """GranAlign model: encoders -> projected tokens -> aligner -> scores and loss. Wiring only."""
 
 import inspect
+import math
 import os
 
 import torch
@@ -50,10 +51,12 @@ class GranAlignPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, RegionMixture):
-            init.normal_(module.region_prompts)
-            # Variances start at 1/d, so that the noise of a region is as long as a token, not sqrt(d) times longer.
-            init.zeros_(module.log_var.weight)
-            init.constant_(module.log_var.bias, -torch.log(torch.tensor(float(module.log_var.out_features))).item())
+            if module.region_prompts is not None:
+                init.normal_(module.region_prompts)
+            if module.log_var is not None:
+                # Variances start at 1/d, so that the noise of a region is as long as a token, not sqrt(d) times longer.
+                init.zeros_(module.log_var.weight)
+                init.constant_(module.log_var.bias, -math.log(module.log_var.out_features))
         else:
             super()._init_weights(module)
 
@@ -157,6 +160,8 @@ class GranAlignModel(GranAlignPreTrainedModel):
         hidden, spatial_shape = patch_tokens(vision_model_output.last_hidden_state, self.config, image_size)
         patch_embeds = _unit_length(self.patch_projection(hidden))
         patch_mask = torch.ones(patch_embeds.shape[:2], dtype=torch.bool, device=patch_embeds.device)
+        if self.training and self.config.patch_dropout > 0:
+            patch_mask = torch.rand(patch_mask.shape, device=patch_mask.device) >= self.config.patch_dropout
         return GranAlignImageOutput(
             last_hidden_state=vision_model_output.last_hidden_state,
             pooler_output=patch_embeds.mean(1),

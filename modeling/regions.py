@@ -10,16 +10,17 @@ class RegionMixture(nn.Module):
     """The M-step of a Gaussian mixture whose responsibilities are the affinities of patches to learned prompts.
 
     Args:
-        dim: token width d. num_regions: K. logit_scale: factor on the cosine of patch and prompt before the sigmoid
-            (1 in the paper).
+        dim: token width d. num_regions: K; `None`: no prompts, every patch is a region of its own.
+        logit_scale: factor on the cosine of patch and prompt before the sigmoid (1 in the paper).
+        has_variance: `False`: a region is its mean, always.
     """
 
-    def __init__(self, dim: int, num_regions: int, logit_scale: float):
+    def __init__(self, dim: int, num_regions: int | None, logit_scale: float, has_variance: bool = True):
         super().__init__()
         self.logit_scale = logit_scale
-        self.region_prompts = nn.Parameter(torch.empty(num_regions, dim))
-        self.hidden = nn.Linear(dim, dim)
-        self.log_var = nn.Linear(dim, dim)
+        self.region_prompts = None if num_regions is None else nn.Parameter(torch.empty(num_regions, dim))
+        self.hidden = nn.Linear(dim, dim) if has_variance else None
+        self.log_var = nn.Linear(dim, dim) if has_variance else None
 
     def forward(self, patch_embeds: Tensor, patch_mask: Tensor) -> dict[str, Tensor]:
         """Groups patches into regions.
@@ -31,26 +32,37 @@ class RegionMixture(nn.Module):
         Returns:
             `region_affinity` (B, Lv, K) in [0, 1] (eq. 2), `region_assignment` (B, Lv, K), which sums to 1 over patches,
             `region_weights` (B, K), which sum to 1 (pi_k = N_k / sum_j N_j), `region_means` (B, K, d) (eq. 3),
-            `region_log_vars` (B, K, d) (eq. 4) and `region_embeds` (B, K, d): a sample in training (eq. 5-6), the mean
-            at inference, since sampling at test time would reward uncertain images.
+            `region_log_vars` (B, K, d) (eq. 4; absent without variance) and `region_embeds` (B, K, d): a sample in training
+            (eq. 5-6), the mean at inference, since sampling at test time would reward uncertain images.
         """
         patch_embeds = patch_embeds.masked_fill(~patch_mask[..., None], 0)
-        prompts = nn.functional.normalize(self.region_prompts.to(patch_embeds.dtype), dim=-1)
         with torch.autocast(patch_embeds.device.type, enabled=False):
-            affinity = torch.sigmoid(self.logit_scale * patch_embeds @ prompts.T) * patch_mask[..., None]
+            affinity = self._affinity(patch_embeds) * patch_mask[..., None]
             mass = affinity.sum(1)
             assignment = affinity / _without_zeros(mass)[:, None]
             means = torch.einsum("ivk,ivd->ikd", assignment, patch_embeds)
-        scaled = (means * means.shape[-1] ** 0.5).to(self.hidden.weight.dtype)
-        log_vars = self.log_var(nn.functional.gelu(self.hidden(scaled))).to(means.dtype)
-        return {
+        regions = {
             "region_affinity": affinity,
             "region_assignment": assignment,
             "region_weights": mass / _without_zeros(mass.sum(1, keepdim=True)),
             "region_means": means,
-            "region_log_vars": log_vars,
-            "region_embeds": sample_regions(assignment, means, log_vars) if self.training else means,
+            "region_embeds": means,
         }
+        if self.hidden is not None and self.log_var is not None:
+            scaled = (means * means.shape[-1] ** 0.5).to(self.hidden.weight.dtype)
+            log_vars = self.log_var(nn.functional.gelu(self.hidden(scaled))).to(means.dtype)
+            regions["region_log_vars"] = log_vars
+            if self.training:
+                regions["region_embeds"] = sample_regions(assignment, means, log_vars)
+        return regions
+
+    def _affinity(self, patch_embeds: Tensor) -> Tensor:
+        """(B, Lv, d) -> (B, Lv, K) in [0, 1]."""
+        if self.region_prompts is None:
+            identity = torch.eye(patch_embeds.shape[1], dtype=patch_embeds.dtype, device=patch_embeds.device)
+            return identity.expand(len(patch_embeds), -1, -1)
+        prompts = nn.functional.normalize(self.region_prompts.to(patch_embeds.dtype), dim=-1)
+        return torch.sigmoid(self.logit_scale * patch_embeds @ prompts.T)
 
 
 def _without_zeros(denominator: Tensor) -> Tensor:

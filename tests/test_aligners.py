@@ -7,8 +7,10 @@ import reference
 import torch
 from test_regions import loops as region_loops
 from test_saliency import loops as saliency_loops
+from tiny import tiny_inputs, tiny_model
 from torch import nn
 
+from granalign_hf import GranAlignModel
 from granalign_hf.modeling.aligners import ALIGNERS
 from granalign_hf.modeling.configuration_granalign import POOLINGS, GranAlignConfig
 
@@ -109,6 +111,64 @@ def test_grm_trains_every_parameter(draw_tokens):
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in aligner.parameters())
 
 
+# --- GRM without one of its parts ---
+
+
+@pytest.mark.parametrize("side", ["patch", "word"])
+def test_without_its_adapter_a_side_has_saliency_1(draw_tokens, side):
+    aligner, tokens = build(**{f"use_{side}_adapter": False}).train(), draw_tokens(8)
+    image, text = describe(aligner, tokens)
+    features = image if side == "patch" else text
+    assert torch.equal(getattr(features, f"{side}_saliency"), tokens[f"{side}_mask"].double())
+    assert not [name for name, _ in aligner.named_parameters() if name.startswith(f"{side}_adapter")]
+    key = reference.level_similarities(
+        **{name: tokens[name] for name in ("patch_embeds", "word_embeds", "word_mask", "patch_mask")},
+        patch_saliency=image.patch_saliency.detach(),
+        word_saliency=text.word_saliency.detach(),
+    )[1]
+    torch.testing.assert_close(aligner.similarities(image, text)[1].detach(), key, rtol=0, atol=1e-12)
+
+
+def test_without_prompts_every_patch_is_a_region(draw_tokens):
+    aligner, tokens = build(use_region_prompts=False), draw_tokens(9)
+    image, _ = describe(aligner, tokens)
+    mask = tokens["patch_mask"].double()
+    salient = image.patch_embeds * (image.patch_saliency * mask)[..., None]
+    torch.testing.assert_close(image.region_means, salient, rtol=0, atol=1e-15)
+    torch.testing.assert_close(image.region_weights, mask / mask.sum(1, keepdim=True), rtol=0, atol=1e-15)
+    assert image.region_log_vars.shape == salient.shape and "regions.region_prompts" not in aligner.state_dict()
+
+
+def test_without_uncertainty_a_region_is_its_mean_in_training_too():
+    model = tiny_model(use_region_uncertainty=False).train()
+    outputs = model(**tiny_inputs(), return_loss=True)
+    assert outputs.region_log_vars is None and torch.equal(outputs.region_embeds, outputs.region_means)
+    assert "kl" not in outputs.loss_terms and "reconstruction" in outputs.loss_terms
+    assert not [name for name, _ in model.named_parameters() if "log_var" in name]
+
+
+@pytest.mark.parametrize(
+    "part", ["use_patch_adapter", "use_word_adapter", "use_region_prompts", "use_region_uncertainty"]
+)  # fmt: skip
+def test_a_model_without_a_part_trains_and_comes_back(tmp_path, part):
+    model = tiny_model(**{part: False}).train()
+    model(**tiny_inputs(), return_loss=True).loss.backward()
+    untrained = [name for name, p in model.named_parameters() if p.grad is None and name.startswith("aligner")]
+    assert untrained == []
+    model.eval().save_pretrained(tmp_path)
+    again = GranAlignModel.from_pretrained(tmp_path)
+    assert torch.equal(again(**tiny_inputs()).logits_per_image, model(**tiny_inputs()).logits_per_image)
+
+
+def test_patch_dropout_leaves_patches_out_in_training_only():
+    torch.manual_seed(0)
+    model = tiny_model(aligner="chan", patch_dropout=0.25)
+    pixels = tiny_inputs(num_images=64)["pixel_values"]
+    assert model.get_image_features(pixels).patch_mask.all()
+    masks = model.train().get_image_features(pixels).patch_mask
+    assert 0.65 < masks.float().mean() < 0.85 and not torch.equal(masks[0], masks[1])
+
+
 # --- The baselines ---
 
 
@@ -117,7 +177,28 @@ def pair_scores(name, pooling):
         return lambda *pair: reference.chan_score(*pair, pooling=pooling)
     if name == "vse++":
         return lambda *pair: reference.vse_score(*pair, pooling=pooling)
+    if name == "scan":
+        return scan_pair_score
     return reference.bidirectional_similarity
+
+
+def scan_pair_score(words, patches, word_mask, patch_mask, direction="t2i"):
+    if direction == "t2i":
+        return reference.scan_score(words, patches, word_mask, patch_mask, 9.0)
+    return reference.scan_score(patches, words, patch_mask, word_mask, 4.0)
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
+def test_scan_attends_in_the_direction_of_the_config(draw_tokens, direction):
+    tokens = draw_tokens(7)
+    inputs = {key: tokens[key] for key in ("patch_embeds", "word_embeds", "word_mask", "patch_mask")}
+    directions = ("t2i", "i2t") if direction == "both" else (direction,)
+    expected = [
+        reference.score_all_pairs(lambda *pair, d=d: scan_pair_score(*pair, direction=d), **inputs) for d in directions
+    ]
+    aligner = build("scan", attention_direction=direction)
+    scores = aligner.similarities(*describe(aligner, tokens))
+    torch.testing.assert_close(scores, sum(expected)[None] / len(expected), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
@@ -149,7 +230,7 @@ def test_max_pooling_ignores_padding_when_all_features_are_negative():
 
 
 def test_every_aligner_has_its_poolings():
-    assert set(ALIGNERS) == set(POOLINGS) == {"grm", "max_mean", "chan", "vse++"}
+    assert set(ALIGNERS) == set(POOLINGS) == {"grm", "max_mean", "chan", "scan", "vse++"}
 
 
 @pytest.mark.parametrize(("name", "pooling"), VARIANTS)
