@@ -183,7 +183,7 @@ def _draw_figure(alignment: Alignment, words: Sequence[AlignedWord]):
         left, top, w, h = place
         return canvas.figure.add_axes((left / width, 1 - (top + h) / height, w / width, h / height))
 
-    style = {"va": "top", "fontsize": 12, "linespacing": 1.25, "color": _INK, "parse_math": False}
+    style: dict = {"va": "top", "fontsize": 12, "linespacing": 1.25, "color": _INK, "parse_math": False}
     canvas.figure.text(_MARGIN / width, 1 - _MARGIN / height, "\n".join(layout.caption_lines), **style)
     picture, zoom = _enlarge(alignment.image, layout)
     scale = colour_scale([word.map for word in words])
