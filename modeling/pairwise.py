@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from .product import all_products
 
 SPARSE_SHARE = 1 / 8  # below this share of pairs with a gradient, each image meets only the captions that need it
+GRAPH_TILES = 4  # the graph of a tile keeps several tensors of its size, so tiles of the backward pass are smaller
 
 
 class Tile(NamedTuple):
@@ -240,17 +241,18 @@ class _AllPairs(torch.autograd.Function):
             for name, t in tokens._asdict().items()
             if t is not None and is_wanted[name]
         }
+        columns = max(ctx.columns // GRAPH_TILES, 1)
         has_grad = (grad != 0).any(0)
         if has_grad.sum() < SPARSE_SHARE * has_grad.numel():
             images_per_tile = 1 if grad.device.type == "cpu" else 16
         else:
-            images_per_tile = max(ctx.columns // int(layout.lengths.sum()), 1)
+            images_per_tile = max(columns // int(layout.lengths.sum()), 1)
         images = has_grad.any(1).nonzero()[:, 0]  # none without patches: NaN there would reach the words
         tiles = images.split(images_per_tile) if len(images) < len(has_grad) else _slices(len(images), images_per_tile)
         with torch.autocast(grad.device.type, enabled=False):
             for tile in tiles:
                 captions = has_grad[tile].any(0).nonzero()[:, 0]
-                for block in _blocks(layout.lengths, captions, max(ctx.columns // images_per_tile, 1)):
+                for block in _blocks(layout.lengths, captions, max(columns // images_per_tile, 1)):
                     _add_tile_grads(ctx.rule, layout, block, tile, tokens, grad, totals)
         by_input = (totals[n].to(t.dtype) if n in totals else None for n, t in tokens._asdict().items())
         return (None, None, None, *by_input)

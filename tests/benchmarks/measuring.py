@@ -10,13 +10,16 @@ from pathlib import Path
 
 
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; they take turns, so that a slow moment of the machine meets all of them."""
+    """Seconds of each contender in each round; they take turns, so that a slow moment of the machine meets all of them.
+
+    A round before the others warms up, unless there is only one: runs of a minute need none.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
+    for is_counted in [False] * (rounds > 1) + [True] * rounds:
         for name, run in contenders.items():
             started = time.perf_counter()
             run()
-            if number > 0:  # the first round warms up
+            if is_counted:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
