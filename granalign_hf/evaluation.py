@@ -249,6 +249,45 @@ def paired_bootstrap(
         raise ValueError("`first` and `second` must rank the same images and captions in the same order and folds.")
     difference = _mean_recalls(first) - _mean_recalls(second)
     samples = _resampled_recalls(first, num_samples, seed) - _resampled_recalls(second, num_samples, seed)
+    return _paired_differences(difference, samples, confidence)
+
+
+def paired_bootstrap_of_runs(
+    first: Sequence[RetrievalRanks],
+    second: Sequence[RetrievalRanks],
+    num_samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, PairedDifference]:
+    """Bootstrap of the mean difference of two methods, each trained several times: over images and over training runs.
+
+    Every draw takes images with replacement, the same for all runs, and runs of each method with replacement, since
+    another training would have given other ones. With one run a method it is `paired_bootstrap`.
+
+    Args:
+        first, second: the ranks of each training run of a method, all on the same images and captions.
+
+    Keys and p-value as `paired_bootstrap`.
+
+    Raises:
+        ValueError: if the runs were not ranked on the same images and captions.
+    """
+    runs = [*first, *second]
+    if not all(np.array_equal(run.caption_image_index, runs[0].caption_image_index) for run in runs):
+        raise ValueError("All runs must rank the same images and captions in the same order.")
+    rng = np.random.default_rng(seed)
+    drawn, means = [], []
+    for method in (first, second):
+        recalls = np.stack([_resampled_recalls([run], num_samples, seed) for run in method])
+        chosen = rng.integers(len(method), size=(len(method), num_samples))
+        drawn.append(recalls[chosen, np.arange(num_samples)].mean(axis=0))
+        means.append(_mean_recalls(list(method)))
+    return _paired_differences(means[0] - means[1], drawn[0] - drawn[1], confidence)
+
+
+def _paired_differences(difference: np.ndarray, samples: np.ndarray, confidence: float) -> dict[str, PairedDifference]:
+    """(7,) and its draws (num_samples, 7) -> the difference of each metric."""
+    num_samples = len(samples)
     low, high = quantiles(samples, confidence)
     one_sided = 1 + np.minimum((samples <= 0).sum(axis=0), (samples >= 0).sum(axis=0))
     p_value = np.minimum(1.0, 2.0 * one_sided / (num_samples + 1))

@@ -1,6 +1,7 @@
 """The other side of each ratio computes the same scores; figures in the committed file come from such a run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,31 @@ def test_committed_figures_are_complete_and_dated():
         "one_level", "three_levels", "other_aligners", "training", "gallery", "region_noise", "precision"
     }  # fmt: skip
     assert all(section["date"] and section["rows"] for section in sections.values())
+
+
+ROW = 3  # of (256, 256, 196, 512)
+SPEED = [  # the sentence with its figure in brackets, the section, its row, its column, the factor
+    (r"width 512: (\d+) % of the time", "one_level", ROW, "share of oneDNN product", 100),
+    (r"alone; ([\d.]+) times faster than one caption", "one_level", ROW, "x LAPS form", 1),
+    (r"form\), ([\d.]+) times faster than the 4-D", "one_level", ROW, "x ColPali form", 1),
+    (r"three levels cost ([\d.]+) times one level", "three_levels", ROW, "in units of one level", 1),
+    (r"256 pairs: ([\d.]+) times faster than plain", "training", 2, "x naive autograd", 1),
+    (r"autograd, in (\d+) MB", "training", 2, "ours MB", 1),
+    (r"MB instead of ([\d,]+);", "training", 2, "naive MB", 1),
+    (r"at three levels: ([\d.]+) times the product", "gallery", 0, "in units of the product", 1),
+    (r"product alone, (\d+) MB above", "gallery", 0, "MB", 1),
+]
+
+
+@pytest.mark.parametrize(("sentence", "section", "row", "column", "factor"), SPEED)
+def test_the_readme_tells_what_was_measured(sentence, section, row, column, factor):
+    value = factor * json.loads((BENCHMARKS / "similarity.json").read_text())[section]["rows"][row][column]
+    (told,) = re.findall(sentence, " ".join((BENCHMARKS.parents[1] / "README.md").read_text().split()))
+    assert told == f"{value:,.{len(told.partition('.')[2])}f}"
+
+
+def test_the_page_is_that_of_the_committed_figures(peers, monkeypatch):
+    import similarity
+
+    figures = json.loads((BENCHMARKS / "similarity.json").read_text())
+    assert (BENCHMARKS / "similarity.md").read_text() == similarity.page(figures)

@@ -75,6 +75,7 @@ def product_alone(product: Callable[[Tensor, Tensor], Tensor], words: Tensor, pa
 
 
 def one_level(rounds: int) -> list[dict]:
+    """One level, forward: images, captions, patches, d. The products are those of the packed words alone."""
     rows = []
     for case in CASES:
         tokens = draw(*case)
@@ -104,6 +105,7 @@ def one_level(rounds: int) -> list[dict]:
 
 
 def three_levels(rounds: int) -> list[dict]:
+    """All three levels, K = 5, in units of one level and against three einsums over the 4-D tensor."""
     rows = []
     for case in CASES:
         tokens = draw(*case)
@@ -127,6 +129,7 @@ def three_levels(rounds: int) -> list[dict]:
 
 
 def other_aligners(rounds: int) -> list[dict]:
+    """The other scores against their published forms, 64 images and captions, 196 patches, d = 512."""
     plain = positional(draw(*CASES[0]), 3)
     seconds = alternate(
         {
@@ -158,6 +161,7 @@ def training_step(is_ours: bool, use_hard_negatives: bool, num_pairs: int) -> Ca
 
 
 def training(rounds: int) -> list[dict]:
+    """Forward and backward of the hinge at three levels, 196 patches, d = 512; peak MB above the inputs."""
     rows = []
     for use_hard_negatives in (True, False):
         for num_pairs in (64, 128, 256):
@@ -184,6 +188,7 @@ def gallery_step() -> Callable[[], Tensor]:
 
 
 def gallery(rounds: int) -> list[dict]:
+    """1,000 images with 5,000 captions at three levels; peak MB above the inputs."""
     tokens = draw(1000, 5000, 196, 512)
     words, patches = tokens["word_embeds"][tokens["word_mask"]], tokens["patch_embeds"].flatten(0, 1)
 
@@ -203,6 +208,7 @@ def gallery(rounds: int) -> list[dict]:
 
 
 def region_noise(rounds: int) -> list[dict]:
+    """One noise draw a region against one for every patch and region, 16 images, d = 512."""
     rows = []
     for num_patches, num_regions in ((196, 5), (196, 50), (576, 50)):
         generator = torch.Generator().manual_seed(0)
@@ -223,6 +229,7 @@ def region_noise(rounds: int) -> list[dict]:
 
 
 def precision(rounds: int) -> list[dict]:
+    """Three levels under torch.set_float32_matmul_precision; error against float64."""
     tokens = draw(*CASES[0])
     exact = level_similarities(**{n: t.double() if t.is_floating_point() else t for n, t in tokens.items()})
 
@@ -263,6 +270,15 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def page(result: dict) -> str:
+    """All sections as Markdown, each with its date and machine."""
+    parts = ["# Similarity\n\nWritten by `python tests/benchmarks/similarity.py`; an x is how many times faster ours is.\n"]
+    for name, section in result.items():
+        origin = f"{section['date']}, {section['machine']}, torch {section['torch']}, {section['rounds']} rounds"
+        parts.append(f"## {name}\n\n{SECTIONS[name].__doc__} ({origin})\n\n{markdown(section['rows'])}\n")
+    return "\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
@@ -280,6 +296,7 @@ def main() -> None:
             "rows": rows,
         }
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.with_suffix(".md").write_text(page(result))
         print(f"\n{name}\n{markdown(rows)}", flush=True)
 
 

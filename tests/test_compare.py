@@ -1,0 +1,142 @@
+"""The comparison of several runs: what it trains, what it skips, and the figures that it writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from granalign_hf.evaluation import RetrievalRanks, paired_bootstrap, paired_bootstrap_of_runs, ranks_to_metrics
+from granalign_hf.training import compare
+
+INDEX = np.repeat(np.arange(40), 2)
+
+
+def draw_ranks(seed, best=12):
+    rng = np.random.default_rng(seed)
+    return RetrievalRanks(rng.integers(1, best, 40), rng.integers(1, best, 80), INDEX)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    content = {
+        "base": "base.yaml",
+        "output_dir": str(tmp_path / "runs"),
+        "results_dir": str(tmp_path / "results"),
+        "split": "test",
+        "seeds": [0, 1],
+        "baselines": ["plain"],
+        "diagnostics": ["region_mean_cosine"],
+        "runs": {"plain": {"aligner": "max_mean"}, "grm": {"level_weights": [0.5, 0.3, 0.2]}},
+    }
+    (tmp_path / "base.yaml").write_text("dataset: somewhere\n")
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stands in for the two scripts: notes how they are called and leaves the files that they leave."""
+    calls = []
+
+    def run(script, words):
+        calls.append([script, *words])
+        if script == "train":
+            folder = Path(words[words.index("--output_dir") + 1])
+            diagnostics = {"region_mean_cosine": 0.5} if "grm" in folder.name else {}
+            (folder / "metrics.json").write_text(json.dumps({"hours": 0.25, "diagnostics": diagnostics}))
+        else:
+            ranks = draw_ranks(sum(words[0].encode()), best=6 if "grm" in words[0] else 12)
+            np.savez(Path(words[0]) / "ranks-test.npz", **vars(ranks))
+
+    monkeypatch.setattr(compare, "_run", run)
+    return calls
+
+
+def test_a_comparison_trains_each_run_with_each_seed_once(recipe, calls, tmp_path, capsys):
+    result = compare.main([str(recipe)])
+    trained = [call for call in calls if call[0] == "train"]
+    assert [Path(call[call.index("--output_dir") + 1]).name for call in trained] == [
+        "plain-seed0", "grm-seed0", "plain-seed1", "grm-seed1"
+    ]  # fmt: skip
+    assert trained[1][1:7] == [str(tmp_path / "base.yaml"), "--level_weights", "0.5", "0.3", "0.2", "--seed"]
+    ranks = {
+        name: [compare.read_ranks(tmp_path / "runs" / f"{name}-seed{seed}" / "ranks-test.npz") for seed in (0, 1)]
+        for name in ("plain", "grm")
+    }
+    row = result["runs"]["grm"]
+    assert row["rsum"] == [ranks_to_metrics(r)["rsum"] for r in ranks["grm"]]
+    assert row["minus plain"] == paired_bootstrap_of_runs(ranks["grm"], ranks["plain"])["rsum"]._asdict()
+    assert "minus plain" not in result["runs"]["plain"] and row["diagnostics"] == {"region_mean_cosine": 0.5}
+    lines = (tmp_path / "results" / "table.md").read_text().splitlines()
+    assert f"| grm | 2 | {np.mean(row['rsum']):.1f} ± {np.std(row['rsum'], ddof=1):.1f} |" in lines[3]
+    assert lines[2].endswith("| - | - |") and lines[3].endswith("| 0.500 |")
+    assert len({line.count("|") for line in lines}) == 1
+    assert (tmp_path / "results" / "results.png").stat().st_size > 0
+    calls.clear()
+    assert compare.main([str(recipe)])["runs"] == result["runs"] and calls == []
+
+
+def test_an_interrupted_comparison_goes_on(recipe, calls, monkeypatch, tmp_path):
+    run, stopped = compare._run, []
+
+    def interrupted(script, words):
+        if script == "train" and "grm-seed0" in words[-1] and not stopped:
+            folder = Path(words[words.index("--output_dir") + 1])
+            (folder / "state-1").mkdir()
+            stopped.append(words)
+            raise KeyboardInterrupt
+        run(script, words)
+
+    monkeypatch.setattr(compare, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main([str(recipe)])
+    assert list(json.loads((tmp_path / "results" / "results.json").read_text())["runs"]) == ["plain"]
+    compare.main([str(recipe)])
+    resumed = [call for call in calls if "--resume" in call]
+    assert [call[1:-2] for call in resumed] == stopped
+
+
+def test_a_folder_of_other_settings_is_refused(recipe, calls):
+    compare.main([str(recipe)])
+    recipe.write_text(recipe.read_text().replace("max_mean", "chan"))
+    with pytest.raises(ValueError, match=r"plain-seed0 holds a run of other settings .* Delete it, or change `output_dir`"):
+        compare.main([str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds:", "seed:", "must have exactly the fields"),
+        ("- plain", "- vse", r"`baselines` of .* names \['vse'\], which are not among `runs`: \['plain', 'grm'\]"),
+    ],
+)
+def test_a_bad_recipe_is_named(recipe, old, new, message):
+    recipe.write_text(recipe.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        compare.main([str(recipe)])
+
+
+def test_one_run_each_is_the_paired_bootstrap():
+    first, second = draw_ranks(0), draw_ranks(1)
+    assert paired_bootstrap_of_runs([first], [second]) == paired_bootstrap(first, second)
+
+
+def test_several_runs_count_their_own_spread():
+    """Runs that differ from each other widen the interval, equal ones do not; the difference is that of the means."""
+    alike = paired_bootstrap_of_runs([draw_ranks(0)] * 3, [draw_ranks(1)] * 3)["rsum"]
+    assert alike == paired_bootstrap(draw_ranks(0), draw_ranks(1))["rsum"]
+    first, second = [draw_ranks(s, best) for s, best in ((0, 6), (1, 12), (2, 24))], [draw_ranks(3)] * 3
+    apart = paired_bootstrap_of_runs(first, second)["rsum"]
+    means = [np.mean([ranks_to_metrics(r)["rsum"] for r in runs]) for runs in (first, second)]
+    assert apart.difference == pytest.approx(means[0] - means[1])
+    assert apart.high - apart.low > 1.5 * (alike.high - alike.low)
+    assert paired_bootstrap_of_runs(second, first)["rsum"].difference == pytest.approx(-apart.difference)
+
+
+def test_runs_on_other_captions_are_refused():
+    other = RetrievalRanks(np.ones(40, int), np.ones(80, int), INDEX[::-1].copy())
+    with pytest.raises(ValueError, match="All runs must rank the same images and captions"):
+        paired_bootstrap_of_runs([draw_ranks(0)], [other])

@@ -1,0 +1,39 @@
+"""The experiments' page shows what the comparisons measured, and every comparison can be run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from granalign_hf.training.arguments import parse_arguments
+from granalign_hf.training.compare import Comparison, table
+
+TRAINING = Path(__file__).parents[1] / "training"
+RESULTS = sorted(path.parent for path in TRAINING.glob("results/*/results.json"))
+RECIPES = sorted(path for kind in ("compare", "sweep") for path in (TRAINING / "recipes").glob(f"{kind}-*.yaml"))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_the_page_shows_the_measured_table(folder):
+    page, written = (TRAINING / "EXPERIMENTS.md").read_text(), (folder / "table.md").read_text()
+    assert written in page
+    recipe = Comparison.read(TRAINING / "recipes" / f"{folder.name}.yaml")
+    result = json.loads((folder / "results.json").read_text())
+    assert table(result["runs"], recipe.baselines, recipe.diagnostics) == written
+    assert {name: row["settings"] for name, row in result["runs"].items()} == {
+        name: settings for name, settings in recipe.runs.items() if name in result["runs"]
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_run_of_a_comparison_is_accepted(path):
+    recipe = Comparison.read(path)
+    assert recipe.results_dir == f"training/results/{path.stem}"
+    for settings in recipe.runs.values():
+        words = [recipe.base]
+        for field, value in settings.items():
+            words += [f"--{field}", *map(str, value if isinstance(value, list) else [value])]
+        fields = parse_arguments(words)[1]
+        assert fields.items() >= {n: v for n, v in settings.items() if n in fields}.items()
+    if path.stem.startswith("sweep"):
+        assert recipe.split == "validation"

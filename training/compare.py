@@ -1,0 +1,176 @@
+"""Trains aligners and ablations with several seeds under one budget, and writes what the differences are worth.
+
+    python training/compare.py training/recipes/compare-flickr8k-frozen.yaml
+
+Each run is a call of train.py (and of evaluate.py, where the split is not the one that selects the epoch) in a folder of its
+own. Started again, it skips what is finished and resumes what was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
+from granalign_hf.training.plot import plot_comparison
+from granalign_hf.training.runtime import hardware
+
+COLUMNS = ("rsum", "image_to_text_r1", "text_to_image_r1")
+
+
+@dataclass
+class Comparison:
+    """What a comparison recipe says: the runs are the base recipe with some fields changed."""
+
+    base: str  # recipe, beside this one
+    output_dir: str  # checkpoints and logs, a folder for each run and seed
+    results_dir: str  # table.md, results.json, results.png
+    split: str
+    seeds: list[int]
+    baselines: list[str]  # runs that the others are compared with
+    diagnostics: list[str]  # of the validation split, as further columns
+    runs: dict[str, dict]
+
+    @classmethod
+    def read(cls, path: Path) -> Comparison:
+        """Raises ValueError: a field is missing or unknown, or a baseline is no run."""
+        content = yaml.safe_load(path.read_text())
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(content, dict) or set(content) != set(names):
+            raise ValueError(f"{path} must have exactly the fields {names}, got {sorted(content or ())}.")
+        comparison = cls(**content)
+        missing = [name for name in comparison.baselines if name not in comparison.runs]
+        if missing:
+            raise ValueError(f"`baselines` of {path} names {missing}, which are not among `runs`: {list(comparison.runs)}.")
+        comparison.base = str(path.parent / comparison.base)
+        return comparison
+
+
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or not Path(argv[0]).is_file():
+        raise SystemExit("usage: python training/compare.py RECIPE.yaml (training/recipes/compare-*.yaml)")
+    comparison = Comparison.read(Path(argv[0]))
+    ranks: dict[str, list[RetrievalRanks]] = {name: [] for name in comparison.runs}
+    # Seed by seed, so that an interrupted comparison has all runs of its first seeds.
+    for seed in comparison.seeds:
+        for name in comparison.runs:
+            print(f"--- {name}, seed {seed}", flush=True)
+            ranks[name].append(read_ranks(finished_run(comparison, name, seed) / f"ranks-{comparison.split}.npz"))
+            write_results(comparison, {n: r for n, r in ranks.items() if r}, f"python training/compare.py {argv[0]}")
+    print((Path(comparison.results_dir) / "table.md").read_text())
+    return json.loads((Path(comparison.results_dir) / "results.json").read_text())
+
+
+def finished_run(comparison: Comparison, name: str, seed: int) -> Path:
+    """The folder of a run; trains, resumes or evaluates what is not there yet.
+
+    Raises:
+        ValueError: the folder holds a run of other settings.
+    """
+    folder = _folder(comparison, name, seed)
+    words = [comparison.base]
+    for field, value in {**comparison.runs[name], "seed": seed, "output_dir": str(folder)}.items():
+        words += [f"--{field}", *map(str, value if isinstance(value, list) else [value])]
+    settings = folder / "settings.json"
+    if settings.is_file() and json.loads(settings.read_text()) != words:
+        raise ValueError(f"{folder} holds a run of other settings ({settings}). Delete it, or change `output_dir`.")
+    if not (folder / "complete").is_file():
+        is_started = settings.is_file() and any(folder.glob("state*"))
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(words))
+        _run("train", [*words, *(["--resume", "true"] if is_started else [])])
+        (folder / "complete").touch()
+    if not (folder / f"ranks-{comparison.split}.npz").is_file():
+        dataset = yaml.safe_load(Path(comparison.base).read_text())["dataset"]
+        _run("evaluate", [str(folder), "--dataset", dataset, "--split", comparison.split])
+    return folder
+
+
+def _folder(comparison: Comparison, name: str, seed: int) -> Path:
+    return Path(comparison.output_dir) / f"{name}-seed{seed}"
+
+
+def _run(script: str, words: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", f"granalign_hf.training.{script}", *words], check=True)
+
+
+def read_ranks(path: Path) -> RetrievalRanks:
+    """The ranks that train.py and evaluate.py keep beside their metrics."""
+    with np.load(path) as arrays:
+        return RetrievalRanks(**arrays)
+
+
+def write_results(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], command: str) -> None:
+    """table.md, results.json and results.png of the runs that are there, whatever their number of seeds."""
+    folder = Path(comparison.results_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {name: _row(comparison, ranks, name) for name in ranks}
+    result = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(),
+        "split": comparison.split,
+        "seeds": comparison.seeds,
+        "runs": rows,
+    }
+    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "table.md").write_text(table(rows, comparison.baselines, comparison.diagnostics))
+    plot_comparison({name: row["rsum"] for name, row in rows.items()}, folder / "results.png")
+
+
+def _row(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], name: str) -> dict:
+    metrics = [ranks_to_metrics(r) for r in ranks[name]]
+    row: dict = {"settings": comparison.runs[name], **{c: [m[c] for m in metrics] for c in COLUMNS}}
+    records = [
+        json.loads((_folder(comparison, name, seed) / "metrics.json").read_text())
+        for seed in comparison.seeds[: len(metrics)]
+    ]
+    row["hours"] = [record["hours"] for record in records]
+    row["diagnostics"] = {
+        diagnostic: statistics.mean(record["diagnostics"][diagnostic] for record in records)
+        for diagnostic in comparison.diagnostics
+        if all(diagnostic in record["diagnostics"] for record in records)
+    }
+    for baseline in comparison.baselines:
+        if baseline in ranks and baseline != name:
+            difference = paired_bootstrap_of_runs(ranks[name], ranks[baseline])["rsum"]
+            row[f"minus {baseline}"] = difference._asdict()
+    return row
+
+
+def table(rows: dict[str, dict], baselines: list[str], diagnostics: list[str]) -> str:
+    """Markdown: mean and standard deviation over seeds; differences of rSum with 95 % interval and p-value."""
+    head = ["run", "seeds", "rSum", "image to text R@1", "text to image R@1", *(f"rSum minus {name}" for name in baselines)]
+    head += [name.replace("_", " ") for name in diagnostics]
+    lines = [head, ["---"] * len(head)]
+    for name, row in rows.items():
+        lines.append([name, str(len(row["rsum"])), *(_mean_and_spread(row[column]) for column in COLUMNS)])
+        for baseline in baselines:
+            difference = row.get(f"minus {baseline}")
+            lines[-1].append("-" if difference is None else _difference(PairedDifference(**difference)))
+        lines[-1] += [f"{row['diagnostics'][d]:.3f}" if d in row["diagnostics"] else "-" for d in diagnostics]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def _difference(difference: PairedDifference) -> str:
+    value, low, high, p_value = difference
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}], p = {p_value:.3f}"
+
+
+if __name__ == "__main__":
+    main()
