@@ -85,7 +85,8 @@ def test_an_interrupted_comparison_goes_on(recipe, calls, monkeypatch, tmp_path)
     def interrupted(script, words):
         if script == "train" and "grm-seed0" in words[-1] and not stopped:
             folder = Path(words[words.index("--output_dir") + 1])
-            (folder / "state-1").mkdir()
+            (folder / "state" / "epoch-1").mkdir(parents=True)
+            (folder / "state" / "epoch-1" / "progress.json").touch()
             stopped.append(words)
             raise KeyboardInterrupt
         run(script, words)

@@ -85,7 +85,7 @@ def finished_run(comparison: Comparison, name: str, seed: int) -> Path:
     if settings.is_file() and json.loads(settings.read_text()) != words:
         raise ValueError(f"{folder} holds a run of other settings ({settings}). Delete it, or change `output_dir`.")
     if not (folder / "complete").is_file():
-        is_started = settings.is_file() and any(folder.glob("state*"))
+        is_started = settings.is_file() and any(folder.glob("state/*/progress.json"))
         folder.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps(words))
         _run("train", [*words, *(["--resume", "true"] if is_started else [])])
