@@ -141,3 +141,26 @@ def test_runs_on_other_captions_are_refused():
     other = RetrievalRanks(np.ones(40, int), np.ones(80, int), INDEX[::-1].copy())
     with pytest.raises(ValueError, match="All runs must rank the same images and captions"):
         paired_bootstrap_of_runs([draw_ranks(0)], [other])
+
+
+def test_the_published_figures_stand_beside_ours(recipe, calls, tmp_path):
+    published = {"protocol": "flickr30k-1k", "backbone": "ViT-B-224", "methods": {"grm": "GRM"}}
+    recipe.write_text(recipe.read_text() + yaml.safe_dump({"published": published}))
+    assert compare.main([str(recipe)])["runs"]["grm"]["published"] == 516.2
+    lines = (tmp_path / "results" / "table.md").read_text().splitlines()
+    assert [line.rsplit("|", 2)[1].strip() for line in lines] == ["published rSum", "---", "-", "516.2"]
+
+
+def test_published_figures_are_whole():
+    """Every method has each backbone and protocol, and harder protocols have lower figures."""
+    tables = {
+        (protocol, backbone): compare.published_rsum(
+            protocol, backbone, {name: name for name in ("SCAN", "VSE++", "CHAN", "GRM")}
+        )
+        for protocol in ("flickr30k-1k", "coco-1k-5fold", "coco-5k")
+        for backbone in ("ViT-B-224", "ViT-B-384", "Swin-B-224", "Swin-B-384")
+    }
+    for (protocol, backbone), rsum in tables.items():
+        assert max(rsum, key=rsum.get) == "GRM"
+        if protocol == "coco-5k":
+            assert all(value < tables["coco-1k-5fold", backbone][name] for name, value in rsum.items())

@@ -39,14 +39,17 @@ class Comparison:
     baselines: list[str]  # runs that the others are compared with
     diagnostics: list[str]  # of the validation split, as further columns
     runs: dict[str, dict]
+    published: dict | None = None  # protocol and backbone of published.yaml, and the method there of each run that has one
 
     @classmethod
     def read(cls, path: Path) -> Comparison:
         """Raises ValueError: a field is missing or unknown, or a baseline is no run."""
         content = yaml.safe_load(path.read_text())
         names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(content, dict) or set(content) != set(names):
-            raise ValueError(f"{path} must have exactly the fields {names}, got {sorted(content or ())}.")
+        if not isinstance(content, dict) or {*content, "published"} != {*names}:
+            raise ValueError(
+                f"{path} must have exactly the fields {names} (`published` may be absent), got {sorted(content)}."
+            )
         comparison = cls(**content)
         missing = [name for name in comparison.baselines if name not in comparison.runs]
         if missing:
@@ -145,20 +148,36 @@ def _row(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], name: s
         if baseline in ranks and baseline != name:
             difference = paired_bootstrap_of_runs(ranks[name], ranks[baseline])["rsum"]
             row[f"minus {baseline}"] = difference._asdict()
+    if comparison.published is not None and name in comparison.published["methods"]:
+        row["published"] = published_rsum(**comparison.published)[name]
     return row
+
+
+def published_rsum(protocol: str, backbone: str, methods: dict[str, str]) -> dict[str, float]:
+    """The rSum that papers print for a protocol and backbone, by the name of our run.
+
+    Raises:
+        KeyError: published.yaml has no such protocol, backbone or method.
+    """
+    printed = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())[protocol][backbone]
+    return {name: printed[method] for name, method in methods.items()}
 
 
 def table(rows: dict[str, dict], baselines: list[str], diagnostics: list[str]) -> str:
     """Markdown: mean and standard deviation over seeds; differences of rSum with 95 % interval and p-value."""
     head = ["run", "seeds", "rSum", "image to text R@1", "text to image R@1", *(f"rSum minus {name}" for name in baselines)]
     head += [name.replace("_", " ") for name in diagnostics]
-    lines = [head, ["---"] * len(head)]
+    has_published = any("published" in row for row in rows.values())
+    head += ["published rSum"] * has_published
+    lines = [head]
     for name, row in rows.items():
         lines.append([name, str(len(row["rsum"])), *(_mean_and_spread(row[column]) for column in COLUMNS)])
         for baseline in baselines:
             difference = row.get(f"minus {baseline}")
             lines[-1].append("-" if difference is None else _difference(PairedDifference(**difference)))
         lines[-1] += [f"{row['diagnostics'][d]:.3f}" if d in row["diagnostics"] else "-" for d in diagnostics]
+        lines[-1] += [str(row.get("published", "-"))] * has_published
+    lines.insert(1, ["---"] * len(head))
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
