@@ -49,8 +49,9 @@ def write_model_card(
     """
     Writes `README.md` into the folder of a checkpoint, over the one that is there.
 
-    Reads `config.json`; `metrics.json` of training and every `metrics-<split>.json` of evaluation where they exist. Paths
-    in them are cut to their last name: a card tells nothing about the machine it was written on.
+    Reads `config.json`; `metrics.json` of training and every `metrics-<split>.json` of evaluation where they exist, but none
+    of the first images of a split (`-first-<number>`). Paths in them are cut to their last name: a card tells nothing about
+    the machine it was written on.
 
     Args:
         folder: a folder that `save_pretrained` wrote.
@@ -74,7 +75,7 @@ def write_model_card(
     if config is None:
         raise ValueError(f"`folder` must hold a config.json, {folder} has none. Save a model there with `save_pretrained`.")
     training = _read(folder / "metrics.json") or {}
-    evaluations = [_read_evaluation(path) for path in sorted(folder.glob("metrics-*.json"))]
+    evaluations = [_read_evaluation(path) for path in sorted(folder.glob("metrics-*.json")) if not _is_part(path)]
     aligner = config.get("aligner", "grm")
     encoders = [_encoder_name(name) for name in training.get("encoders", {}).values()]
     datasets = [training.get("dataset", "")] if datasets is None else datasets
@@ -122,6 +123,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     return _without_paths(content)
+
+
+def _is_part(path: Path) -> bool:
+    """Whether it was measured on the first images of a split only: such figures are no result."""
+    return re.search(r"-first-\d+$", path.stem) is not None
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -318,3 +318,9 @@ def test_the_code_of_a_card_runs(tmp_path, monkeypatch, capsys):
         exec(block, names)
     assert len(blocks) == 3
     assert capsys.readouterr().out.strip() in names["captions"]
+
+
+def test_figures_of_a_part_of_a_split_are_no_result(folder):
+    save(folder, test=TEST, **{"test-first-10": TEST | {"num_images": 10}})
+    card = write_model_card(folder).read_text()
+    assert "Images: 1003" in card and "Images: 10," not in card
