@@ -21,16 +21,17 @@ from granalign_hf.training.arguments import (
 from granalign_hf.training.runtime import portable
 from granalign_hf.training.train import make_scheduler
 
-RECIPES = sorted(DEFAULT_RECIPE.parent.glob("*.yaml"))
+# Those of train.py; compare.py reads the others.
+RECIPES = [path for path in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")) if not path.stem.startswith(("compare-", "sweep-"))]
 COMMAND_LINE = """
 aligner attention_direction batch_size caption_augmentation caption_column captions_per_image checkpoint crop_scale
 data_notes dataset dataset_config encoder_lr_factor entropy_weight epochs eval_batch_size eval_interval freeze_encoders
-image_column image_id_column kl_weight learning_rate level_weights lr_gamma lr_milestones lr_scheduler lr_warmup_share
-margin matmul_precision max_eval_images max_grad_norm max_train_images mixed_precision notes num_regions num_scenes
-num_workers output_dir patch_dropout patch_pool_size pooling projection_dim reconstruction_weight region_logit_scale
-report_to resume saliency_temperature seed text_config text_encoder train_split use_patch_adapter use_prefix_tokens
-use_region_prompts use_region_uncertainty use_special_tokens use_word_adapter validation_split vision_config
-vision_encoder warmup_epochs weight_decay
+image_column image_folder image_id_column kl_weight learning_rate level_weights lr_gamma lr_milestones lr_scheduler
+lr_warmup_share margin matmul_precision max_eval_images max_grad_norm max_train_images mixed_precision notes
+num_prefix_tokens num_regions num_scenes num_workers output_dir patch_dropout patch_pool_size pooling projection_dim
+reconstruction_weight region_logit_scale report_to resume saliency_temperature seed special_token_ids split_column
+text_config text_encoder train_split use_patch_adapter use_prefix_tokens use_region_prompts use_region_uncertainty
+use_special_tokens use_word_adapter validation_split vision_config vision_encoder warmup_epochs weight_decay
 """.split()
 
 
@@ -114,7 +115,28 @@ def test_every_scheduler_lowers_or_keeps_the_rate(name):
         ),
         (["--epochs", "many"], "invalid int value"),
         (["--epochs", "0", "--crop_scale", "2"], "epochs must be at least 1, got 0; crop_scale must lie in"),
-        (["--vision_encoder", "somewhere"], "give one of vision_encoder .pretrained. and vision_config"),
+        (
+            ["--vision_encoder", "a", "--vision_config", "{}"],
+            "the vision side has 2 sources, vision_encoder .on the command line. and vision_config .on the command line.",
+        ),
+        (["--checkpoint", "a", "--text_encoder", "b"], "the text side has 2 sources, checkpoint .on the command line. and"),
+        (
+            ["--vision_encoder", "somewhere"],
+            "vision_encoder .on the command line. and text_config .in .*demo-scenes.yaml.: both encoders must be",
+        ),
+        (
+            ["--learning_rate", "-1", "--lr_gamma", "nan"],
+            "learning_rate must be greater than 0 .*got -1.0; lr_gamma must be",
+        ),
+        (
+            ["--weight_decay", "-1", "--num_workers", "-2"],
+            "weight_decay must be at least 0, got -1.0; .*num_workers must be",
+        ),
+        (
+            ["--max_eval_images", "0", "--lr_warmup_share", "2"],
+            "max_eval_images must be at least 1.*lr_warmup_share must lie",
+        ),
+        (["--vision_config", "{"], "vision_config must be a JSON object with a model_type"),
         (
             ["--freeze_encoders", "true", "--crop_scale", "0.6"],
             "freeze_encoders .* set crop_scale 1 and caption_augmentation 0",
@@ -129,7 +151,9 @@ def test_every_scheduler_lowers_or_keeps_the_rate(name):
 def test_what_cannot_work_is_refused_by_name(words, expected, capsys):
     with pytest.raises(SystemExit):
         parse_arguments([str(DEFAULT_RECIPE), *words])
-    message = " ".join(capsys.readouterr().err.split())
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2, error
+    message = " ".join(error.split())
     assert re.search(expected, message), message
 
 
@@ -139,6 +163,52 @@ def test_unknown_field_of_a_recipe_is_refused_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_arguments([str(recipe)])
     assert "batchsize (did you mean batch_size?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: [1", "is not YAML: while parsing"),
+        ("- dataset\n- scenes", "must be lines of `field: value`, got list"),
+        ("scenes", "must be lines of `field: value`, got str: 'scenes'"),
+    ],
+)
+def test_a_recipe_that_is_none_is_named(tmp_path, capsys, text, message):
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse_arguments([str(tmp_path / "odd.yaml")])
+    error = capsys.readouterr().err
+    assert f"the recipe {tmp_path / 'odd.yaml'} {message}" in error and error.count("\n") == 2
+
+
+def test_sources_on_the_command_line_replace_those_of_the_recipe(tmp_path):
+    run, fields, _ = parse_arguments(["--vision_encoder", "a", "--text_encoder=b"])
+    assert (run.vision_encoder, run.text_encoder, run.vision_config, run.text_config) == ("a", "b", None, None)
+    assert fields["projection_dim"] == 64  # of the recipe
+    recipe = tmp_path / "further.yaml"
+    recipe.write_text("checkpoint: before\nmargin: 0.1\n")
+    run, fields, _ = parse_arguments([str(recipe), "--checkpoint", "other"])
+    assert run.checkpoint == "other" and fields == {"margin": 0.1}
+    run, fields, _ = parse_arguments([str(recipe), "--vision_encoder", "a", "--text_encoder", "b"])
+    assert run.checkpoint is None and fields == {"margin": 0.1}
+
+
+def test_a_checkpoint_on_the_command_line_replaces_the_model_of_the_recipe():
+    run, fields, _ = parse_arguments(["--checkpoint", "other", "--margin", "0.3"])
+    assert (run.checkpoint, run.vision_config, run.text_config) == ("other", None, None)
+    assert fields == {"margin": 0.3}  # projection_dim and the like describe the model that is not trained
+
+
+def test_a_side_without_a_source_is_named(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("checkpoint: before\n")
+    with pytest.raises(SystemExit):
+        parse_arguments([str(tmp_path / "recipe.yaml"), "--vision_encoder", "a"])
+    assert "the text side has no source: give text_encoder" in capsys.readouterr().err
+
+
+def test_fields_without_a_default_can_be_set():
+    fields = parse_arguments(["--special_token_ids", "0", "2", "--num_prefix_tokens", "1"])[1]
+    assert fields["special_token_ids"] == [0, 2] and fields["num_prefix_tokens"] == 1
 
 
 def test_missing_recipe(capsys):
@@ -159,4 +229,5 @@ def test_help_names_every_field(capsys):
         parse_arguments([str(DEFAULT_RECIPE), "--help"])
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in COMMAND_LINE)
+    assert "Margin of the hinge loss [alpha]." in " ".join(text.split())
     assert arguments.DEFAULT_RECIPE.is_file()

@@ -195,3 +195,93 @@ def test_augmentation_never_empties_a_caption():
     for seed in range(200):
         changed = augment_caption(np.random.default_rng(seed), ids, tokenizer, 0.9)
         assert len(changed) >= 3
+
+
+# ------------------------------------------------------------------------------------ the usual copies of the data sets
+
+
+def test_flickr30k_of_the_hub(tmp_path):
+    """nlphuji/flickr30k: all photographs are in one table, called test; a column says to which split they belong."""
+    table = Dataset.from_dict(
+        {
+            "image": [RED, BLUE, RED, BLUE],
+            "caption": [["a", "b"], ["c"], ["d"], ["e", "f"]],
+            "sentids": [["0", "1"], ["2"], ["3"], ["4", "5"]],
+            "split": ["train", "test", "val", "test"],
+            "img_id": ["0", "1", "2", "3"],
+            "filename": ["1.jpg", "2.jpg", "3.jpg", "4.jpg"],
+        },
+        features=Features(
+            {
+                "image": Image(),
+                "caption": List(Value("string")),
+                "sentids": List(Value("string")),
+                "split": Value("string"),
+                "img_id": Value("string"),
+                "filename": Value("string"),
+            }
+        ),
+    )
+    DatasetDict({"test": table}).save_to_disk(tmp_path)
+    data = load_split(str(tmp_path), "test")
+    assert data.image_ids == ["2.jpg", "4.jpg"] and data.captions == [["c"], ["e", "f"]]
+    assert data.image(0).getpixel((0, 0)) == (0, 0, 255)
+    assert load_split(str(tmp_path), "train+val").captions == [["a", "b"], ["d"]]
+    assert load_split(str(tmp_path), "2", split_column="img_id").image_ids == ["3.jpg"]
+    with pytest.raises(
+        ValueError, match=r"no split 'validation'; its splits are \['test', 'train', 'val'\].*validation_split"
+    ):
+        load_split(str(tmp_path), "validation")
+    with pytest.raises(ValueError, match=r"no split column 'fold'.*split_column"):
+        load_split(str(tmp_path), "test", split_column="fold")
+
+
+def coco(folder) -> str:
+    """yerevann/coco-karpathy: captions and addresses, no pictures; the usual folders of the photographs beside it."""
+    columns = {
+        "filepath": Value("string"),
+        "sentids": List(Value("int64")),
+        "filename": Value("string"),
+        "imgid": Value("int64"),
+        "sentences": List(Value("string")),
+        "cocoid": Value("int64"),
+        "url": Value("string"),
+    }
+    tables = {}
+    for number, (split, colour) in enumerate({"train": RED, "restval": BLUE, "test": BLUE}.items()):
+        within = "train2014" if split == "train" else "val2014"
+        (folder / "photographs" / within).mkdir(parents=True, exist_ok=True)
+        (folder / "photographs" / within / f"{number}.png").write_bytes(colour["bytes"])
+        row = [within, [0, 1], f"{number}.png", number, ["a", "b"], number, f"http://localhost/{number}.png"]
+        values = {name: [value] for name, value in zip(columns, row, strict=True)}
+        tables[split] = Dataset.from_dict(values, features=Features(columns))
+    DatasetDict(tables).save_to_disk(folder / "coco")
+    return str(folder / "coco")
+
+
+def test_coco_of_the_hub(tmp_path):
+    name, folder = coco(tmp_path), str(tmp_path / "photographs")
+    data = load_split(name, "train+restval", image_folder=folder)
+    assert data.image_ids == ["0.png", "1.png"] and data.captions == [["a", "b"]] * 2
+    assert [data.image(n).getpixel((0, 0)) for n in range(2)] == [(255, 0, 0), (0, 0, 255)]
+    with pytest.raises(ValueError, match=r"no image column.*image_column"):
+        load_split(name, "test")
+    with pytest.raises(ValueError, match=r"'url' of .* holds .*, no images.*image_folder"):
+        load_split(name, "test", image_column="url")
+    with pytest.raises(ValueError, match=r"`image_folder` .* has no picture '2\.png'"):
+        load_split(name, "test", image_folder=str(tmp_path / "coco"))
+
+
+def test_sentences_of_karpathy_s_files(tmp_path):
+    sentences = [[{"tokens": ["a"], "raw": "a"}, {"tokens": ["b"], "raw": "b"}], [{"tokens": ["c"], "raw": "c"}]]
+    kind = List({"tokens": List(Value("string")), "raw": Value("string")})
+    name = save(tmp_path, {"image": [RED, BLUE], "sentences": sentences}, {"image": Image(), "sentences": kind})
+    assert load_split(name, "train").captions == [["a", "b"], ["c"]]
+
+
+def test_columns_of_another_kind_are_refused(tmp_path):
+    name = save(tmp_path, {"image": [RED], "caption": [3]}, {"image": Image(), "caption": Value("int64")})
+    with pytest.raises(ValueError, match=r"Row 0 has no caption .* in `caption` of .*: 3.*caption_column"):
+        load_split(name, "train")
+    with pytest.raises(ValueError, match=r"no image_id column 'number'.*image_id_column"):
+        load_split(name, "train", image_id_column="number")

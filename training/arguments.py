@@ -2,9 +2,14 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
+import math
+import re
 import shlex
 import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +26,41 @@ SCHEDULERS = (
     *("multistep", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
     "inverse_sqrt",
 )
+PRECISIONS = ("highest", "high", "medium")
+SOURCES = {  # what a side of the model starts from
+    "vision": ("checkpoint", "vision_encoder", "vision_config"),
+    "text": ("checkpoint", "text_encoder", "text_config"),
+}
+
+
+class SettingsParser(HfArgumentParser):
+    """Fields of dataclasses as options; an error is a line or two, without a list of all options."""
+
+    def __init__(self, dataclass_types, description: str):
+        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> typing.NoReturn:
+        print(f"{self.prog}: error: {message}\n(--help lists all fields)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def refuse(self, problems: Sequence[str]) -> None:
+        """Ends the program with all the problems, if there are any."""
+        if problems:
+            self.error("; ".join(problems))
+
+    def refuse_unknown(self, unknown: Sequence[str], where: str) -> None:
+        """Ends the program if there are words that are no field; it names the field that was likely meant."""
+        words = [word for word in unknown if word.startswith("--")] or unknown
+        hints = []
+        for name in (word.lstrip("-").partition("=")[0] for word in words):
+            close = difflib.get_close_matches(name, self.field_names, n=1)
+            hints.append(name + (f" (did you mean {close[0]}?)" if close else ""))
+        if hints:
+            self.error(f"unknown fields {where}: {', '.join(hints)}")
+
+    @property
+    def field_names(self) -> list[str]:
+        return [f.name for kind in self.dataclass_types for f in dataclasses.fields(kind)]
 
 
 def setting(default, description: str):
@@ -30,21 +70,41 @@ def setting(default, description: str):
 
 
 @dataclass
-class RunArguments:
-    """Everything of a run that is not a field of the model's config."""
+class DataArguments:
+    """A data set, and where its images and captions stand."""
 
     dataset: str = setting("scenes", "Hub name or folder of a data set; `scenes` draws one.")
     dataset_config: str | None = setting(None, "Configuration of the data set, where it has several.")
-    train_split: str = setting("train", "Split to train on.")
-    validation_split: str = setting("validation", "Split that selects the best epoch.")
+    split_column: str | None = setting(
+        None, "Column that names the split of a row, in a data set of one table. Default: `split`, if it has the one wanted."
+    )
     image_column: str | None = setting(None, "Column of the image. Default: the first image column.")
+    image_folder: str | None = setting(None, "Folder of the pictures, where the data set has their file names only.")
     caption_column: str | None = setting(None, "Column of the caption or captions. Default: found by name.")
     image_id_column: str | None = setting(None, "Column that names the image. Default: found by name.")
+
+    @property
+    def load_options(self) -> dict[str, str | None]:
+        """The keyword arguments of `load_split`."""
+        names = ("split_column", "image_column", "image_folder", "caption_column", "image_id_column")
+        return {"config": self.dataset_config, **{name: getattr(self, name) for name in names}}
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """Everything of a run that is not a field of the model's config."""
+
+    train_split: str = setting("train", "Split to train on; `train+restval` joins two.")
+    validation_split: str = setting("validation", "Split that selects the best epoch.")
     max_train_images: int | None = setting(None, "Train on the first images only.")
     max_eval_images: int | None = setting(None, "Validate on the first images only.")
     num_scenes: int = setting(4000, "Number of training scenes, where `dataset` is `scenes`.")
 
-    checkpoint: str | None = setting(None, "Start from this GranAlign checkpoint; names its encoders and its new layers.")
+    checkpoint: str | None = setting(
+        None,
+        "Start from this GranAlign checkpoint. On the command line it replaces the model of the recipe, with all fields of "
+        "GranAlignConfig there, unless that starts from a checkpoint too.",
+    )
     vision_encoder: str | None = setting(None, "Hub name, folder, or `package:NAME/FOLDER` of an installed package.")
     text_encoder: str | None = setting(None, "Likewise.")
     vision_config: str | None = setting(
@@ -73,12 +133,22 @@ class RunArguments:
     mixed_precision: str = setting("no", "`no`, `bf16` or `fp16`.")
     matmul_precision: str = setting("highest", "float32 products: `highest`, `high` or `medium` (see torch).")
     num_workers: int = setting(0, "Processes that load data.")
-    eval_batch_size: int = setting(64, "Images per step in validation.")
+    eval_batch_size: int = setting(64, "Images per step in validation, at most 128.")
     eval_interval: int = setting(1, "Epochs between validations.")
     report_to: str = setting("tensorboard", "An installed tracker that Accelerate knows, or `none`.")
     resume: bool = setting(False, "Go on from the last complete epoch in `output_dir`.")
     notes: list[str] = setting([], "Sentences for the card: what a reader of the figures must know.")
     data_notes: list[str] = setting([], "Sentences for the card about the data, its licence above all.")
+
+
+def _config_help() -> dict[str, str]:
+    """Field of GranAlignConfig -> what its docstring says of it, with the type and the default there."""
+    entries = re.findall(r"^    (\w[\w, ]*) \((.*)\):\n((?: {8}.*\n)+)", inspect.getdoc(GranAlignConfig) or "", flags=re.M)
+    texts = {}
+    for names, kind, text in entries:
+        for name in names.split(", "):
+            texts[name] = f"{' '.join(text.split())} ({kind.replace('`', '')})".replace("%", "%%")
+    return texts
 
 
 def _model_arguments() -> type:
@@ -87,12 +157,14 @@ def _model_arguments() -> type:
     They are None unless given, so that those not named stay as GranAlignConfig, or the checkpoint, has them.
     """
     fields = []
-    for name in GranAlignConfig.__annotations__:
-        default = getattr(GranAlignConfig, name)
-        if default is None:  # encoders, and what follows from them
+    texts = _config_help()
+    for name, kind in GranAlignConfig.__annotations__.items():
+        if name in ("vision_config", "text_config"):  # settings of the run
             continue
-        kind = list[float] if isinstance(default, tuple) else type(default)
-        fields.append((name, kind | None, setting(None, f"See GranAlignConfig; {default} there.")))
+        default = getattr(GranAlignConfig, name)
+        if default is not None:  # without the further types that the config converts from
+            kind = (list[float] if isinstance(default, tuple) else type(default)) | None
+        fields.append((name, kind, setting(None, texts[name])))
     return make_dataclass("ModelArguments", fields)
 
 
@@ -109,27 +181,42 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, dict, 
     has_recipe = bool(argv) and not argv[0].startswith("--")
     recipe = Path(argv[0]) if has_recipe else DEFAULT_RECIPE
     overrides = argv[has_recipe:]
-    parser = HfArgumentParser((RunArguments, ModelArguments), description="Trains a GranAlign model.", allow_abbrev=False)
-    words = _recipe_words(recipe, parser) + overrides
+    given = {word.removeprefix("--").partition("=")[0] for word in overrides if word.startswith("--")}
+    parser = SettingsParser((RunArguments, ModelArguments), description="Trains a GranAlign model.")
+    words = _words(_without_replaced_model(_read_recipe(recipe, parser), given)) + overrides
     run, model, unknown = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
-    if unknown:
-        parser.error(_unknown_message([word for word in unknown if word.startswith("--")] or unknown, "on the command line"))
-    problems = _problems(run)
-    if problems:
-        parser.error("; ".join(problems))
+    parser.refuse_unknown(unknown, "on the command line")
+    parser.refuse(_source_problems(run, lambda name: "on the command line" if name in given else f"in {recipe}"))
+    parser.refuse(_problems(run))
     fields = {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
     return run, fields, shlex.join(["accelerate", "launch", "training/train.py", *argv])
 
 
-def _recipe_words(recipe: Path, parser: HfArgumentParser) -> list[str]:
-    """The recipe as command-line words, so that both go through the same checks."""
+def _read_recipe(recipe: Path, parser: SettingsParser) -> dict:
     if not recipe.is_file():
         parser.error(f"the recipe {recipe} does not exist")
-    settings = yaml.safe_load(recipe.read_text()) or {}
-    known = set(_field_names())
-    unknown = [f"--{name}" for name in settings if name not in known]
-    if unknown:
-        parser.error(_unknown_message(unknown, f"in {recipe}"))
+    try:
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"the recipe {recipe} is not YAML: {' '.join(str(error).split())}")
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        parser.error(f"the recipe {recipe} must be lines of `field: value`, got {type(settings).__name__}: {settings!r:.60}")
+    parser.refuse_unknown([f"--{name}" for name in settings if name not in parser.field_names], f"in {recipe}")
+    return settings
+
+
+def _without_replaced_model(settings: dict, given: set[str]) -> dict:
+    """The recipe without what the command line (the names `given` there) puts in the place of its model."""
+    replaced = {name for names in SOURCES.values() if given & {*names} for name in names}
+    if "checkpoint" in given and settings.get("checkpoint") is None:
+        # They describe the recipe's model, not the one in the checkpoint, whose layers may have other shapes.
+        replaced |= {f.name for f in dataclasses.fields(ModelArguments)}
+    return {name: value for name, value in settings.items() if name not in replaced}
+
+
+def _words(settings: dict) -> list[str]:
+    """A recipe as command-line words, so that both go through the same checks."""
     words = []
     for name, value in settings.items():
         if value is None:
@@ -139,48 +226,65 @@ def _recipe_words(recipe: Path, parser: HfArgumentParser) -> list[str]:
     return words
 
 
-def _field_names() -> list[str]:
-    return [f.name for kind in (RunArguments, ModelArguments) for f in dataclasses.fields(kind)]
-
-
-def _unknown_message(unknown: list[str], where: str) -> str:
-    hints = []
-    for word in unknown:
-        close = difflib.get_close_matches(word.lstrip("-"), _field_names(), n=1)
-        hints.append(f"{word.lstrip('-')}" + (f" (did you mean {close[0]}?)" if close else ""))
-    return f"unknown fields {where}: {', '.join(hints)}"
+def _source_problems(run: RunArguments, where: Callable[[str], str]) -> list[str]:
+    """Sides of the model with no source or several; `where` tells where a source was given."""
+    problems = []
+    for side, names in SOURCES.items():
+        sources = [f"{name} ({where(name)})" for name in names if getattr(run, name) is not None]
+        if len(sources) > 1:
+            problems.append(f"the {side} side has {len(sources)} sources, {' and '.join(sources)}: keep one")
+        elif not sources:
+            choice = f"{side}_encoder (pretrained), {side}_config (from scratch) or, for both sides, a checkpoint"
+            problems.append(f"the {side} side has no source: give {choice}")
+    if not problems and (run.vision_encoder is None) != (run.text_encoder is None):
+        both = ("vision_encoder", "text_config") if run.vision_encoder else ("vision_config", "text_encoder")
+        sources = [f"{name} ({where(name)})" for name in both]
+        problems.append(f"{' and '.join(sources)}: both encoders must be pretrained, or both from scratch")
+    return problems
 
 
 def _problems(run: RunArguments) -> list[str]:
     """What no run could do, all at once."""
-    problems = []
-    for side in ("vision", "text"):
-        given = [getattr(run, f"{side}_{kind}") is not None for kind in ("encoder", "config")]
-        if sum(given) != (run.checkpoint is None):
-            problems.append(f"give one of {side}_encoder (pretrained) and {side}_config (from scratch), or a checkpoint")
-    for name in ("epochs", "batch_size", "eval_interval", "eval_batch_size", "num_scenes"):
-        if getattr(run, name) < 1:
-            problems.append(f"{name} must be at least 1, got {getattr(run, name)}")
-    if not 0 < run.crop_scale <= 1:
-        problems.append(f"crop_scale must lie in (0, 1], got {run.crop_scale}")
-    if not 0 <= run.caption_augmentation < 1:
-        problems.append(f"caption_augmentation must lie in [0, 1), got {run.caption_augmentation}")
+    counts = ["epochs", "batch_size", "eval_interval", "eval_batch_size", "num_scenes"]
+    counts += ["max_train_images", "max_eval_images"]
+    problems = range_problems(run, counts, "must be at least 1", lambda value: value >= 1)
+    not_negative = ("captions_per_image", "encoder_lr_factor", "weight_decay", "warmup_epochs", "num_workers", "seed")
+    problems += range_problems(run, not_negative, "must be at least 0", lambda value: 0 <= value < math.inf)
+    positive = ("learning_rate", "lr_gamma", "max_grad_norm")
+    problems += range_problems(run, positive, "must be greater than 0 and finite", lambda value: 0 < value < math.inf)
+    problems += range_problems(run, ["lr_warmup_share"], "must lie in [0, 1]", lambda value: 0 <= value <= 1)
+    problems += range_problems(run, ["crop_scale"], "must lie in (0, 1]", lambda value: 0 < value <= 1)
+    problems += range_problems(run, ["caption_augmentation"], "must lie in [0, 1)", lambda value: 0 <= value < 1)
     if run.freeze_encoders and (run.crop_scale != 1 or run.caption_augmentation != 0):
         problems.append(
             "freeze_encoders trains on stored features, which cannot change: set crop_scale 1 and caption_augmentation 0"
         )
-    if run.captions_per_image < 0:
-        problems.append(f"captions_per_image must be at least 0, got {run.captions_per_image}")
     trackers = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    for name, known in (
-        ("matmul_precision", ("highest", "high", "medium")),
-        ("mixed_precision", ("no", "bf16", "fp16")),
-        ("lr_scheduler", SCHEDULERS),
-        ("report_to", ("none", *trackers)),
-    ):
-        if getattr(run, name) not in known:
-            problems.append(f"{name} must be one of {', '.join(known)}, got {getattr(run, name)}")
-    return problems
+    choices = {"matmul_precision": PRECISIONS, "mixed_precision": ("no", "bf16", "fp16"), "lr_scheduler": SCHEDULERS}
+    problems += choice_problems(run, {**choices, "report_to": ("none", *trackers)})
+    return problems + [problem for name in ("vision_config", "text_config") for problem in _config_problems(run, name)]
+
+
+def range_problems(args: DataArguments, names: Sequence[str], rule: str, is_allowed: Callable) -> list[str]:
+    """One line for each of the fields `names` whose value, unless it is `None`, breaks the rule."""
+    values = {name: getattr(args, name) for name in names}
+    return [f"{n} {rule}, got {value}" for n, value in values.items() if value is not None and not is_allowed(value)]
+
+
+def choice_problems(args: DataArguments, choices: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line for each field whose value, unless it is `None`, is not one of its choices."""
+    values = {name: getattr(args, name) for name in choices}
+    wrong = {name: value for name, value in values.items() if value is not None and value not in choices[name]}
+    return [f"{name} must be one of {', '.join(choices[name])}, got {value}" for name, value in wrong.items()]
+
+
+def _config_problems(run: RunArguments, name: str) -> list[str]:
+    text = getattr(run, name)
+    try:
+        is_config = text is None or "model_type" in dict(json.loads(text))
+    except (TypeError, ValueError):
+        is_config = False
+    return [] if is_config else [f"{name} must be a JSON object with a model_type, or a mapping in a recipe, got {text!r}"]
 
 
 def resolve(name_or_path: str) -> str:

@@ -21,7 +21,6 @@ def build(run: RunArguments, fields: dict, captions: list[str]) -> tuple[GranAli
             as its vocabulary.
 
     Raises:
-        ValueError: one encoder is pretrained and the other is not.
         RuntimeError: a field changes the shape of a layer of the checkpoint.
     """
     if run.checkpoint:
@@ -30,8 +29,6 @@ def build(run: RunArguments, fields: dict, captions: list[str]) -> tuple[GranAli
         vision, text = resolve(run.vision_encoder), resolve(run.text_encoder)
         model = GranAlignModel.from_vision_text_pretrained(vision, text, **fields)
         return model, GranAlignProcessor.from_vision_text_pretrained(vision, text, model.config.text_config)
-    if run.vision_encoder or run.text_encoder:
-        raise ValueError("Either both encoders are pretrained, or both are trained from scratch.")
     tokenizer = word_tokenizer(captions)
     vision_config = AutoConfig.for_model(**json.loads(run.vision_config))
     text_config = AutoConfig.for_model(**json.loads(run.text_config), vocab_size=len(tokenizer))

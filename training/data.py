@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, concatenate_datasets, load_dataset, load_from_disk
 from PIL import Image as PILImage
 from transformers import ProcessorMixin
 
@@ -17,6 +17,8 @@ from granalign_hf.training.scenes import scene_dataset
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "raw")
 IMAGE_ID_COLUMNS = ("image_id", "filename", "file_name", "cocoid", "img_id", "image_path")
+FILE_NAME_COLUMNS = ("filename", "file_name")  # in `image_folder`, some also in the folder that `filepath` names
+SPLIT_COLUMN = "split"
 SCENE_SEEDS = {"train": 1, "validation": 2, "test": 4}
 NUM_EVAL_SCENES = 500
 
@@ -71,35 +73,93 @@ def load_split(
     image_column: str | None = None,
     caption_column: str | None = None,
     image_id_column: str | None = None,
+    split_column: str | None = None,
+    image_folder: str | None = None,
     num_scenes: int = NUM_EVAL_SCENES,
 ) -> CaptionedImages:
     """A split of a Hub data set, of a folder, of a `save_to_disk` folder, or of the drawn `scenes`.
 
     A row is an image with a list of captions, an image with one caption, or one caption of an image that other rows repeat:
-    rows with the same image id (or, without such a column, the same picture) are one image.
+    rows with the same image id (or, without such a column, the same picture) are one image. A caption is a string, or a
+    mapping that has it as `raw` (the form of Karpathy's files).
+
+    Args:
+        name: Hub name or folder. split: its name; `train+restval` joins two. config: where the data set has several.
+        image_column, caption_column, image_id_column: default: found by type and name.
+        split_column: names the split of each row, in a data set of one table. Default: `split`, where that has the split.
+        image_folder: where the pictures lie if the data set has their names only, in `image_column`, `filename` or
+            `file_name`, and maybe their folder in there as `filepath`.
+        num_scenes: images of the drawn scenes.
 
     Raises:
-        ValueError: no such data set, split or column, or a row without a caption, image or image id; the message says which.
+        ValueError: no such data set, split or column, a column of another type, or a row without a caption, image or image
+            id; the message says which.
     """
-    table = _load_table(name, split, config, num_scenes)
-    image_column = image_column or next((n for n, kind in table.features.items() if isinstance(kind, Image)), None)
+    table = _load_table(name, split, config, split_column, num_scenes)
+    if image_folder is not None:
+        table, image_column = _with_pictures(table, name, image_folder, image_column)
+    image_column = _image_column(table, name, image_column)
     caption_column = caption_column or next((n for n in CAPTION_COLUMNS if n in table.column_names), None)
-    image_column = _existing("image", image_column, name, table)
     caption_column = _existing("caption", caption_column, name, table)
+    if image_id_column is None:
+        image_id_column = next((n for n in IMAGE_ID_COLUMNS if n in table.column_names), None)
+    else:
+        _existing("image_id", image_id_column, name, table)
     values = list(table[caption_column])
-    texts = [[value] if isinstance(value, str) else list(value or []) for value in values]
-    for row, captions in enumerate(texts):
-        if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-            raise ValueError(
-                f"Row {row} of {name} ({split}) has an empty or missing caption in `{caption_column}`: {captions!r}."
-            )
-    image_id_column = image_id_column or next((n for n in IMAGE_ID_COLUMNS if n in table.column_names), None)
+    texts = [_captions(value, row, f"`{caption_column}` of {name} ({split})") for row, value in enumerate(values)]
     ids = _image_ids(table, image_column, image_id_column, is_one_caption=isinstance(values[0], str))
     images: dict[str, tuple[int, list[str]]] = {}
     for row, (image_id, captions) in enumerate(zip(ids, texts, strict=True)):
         images.setdefault(image_id, (row, []))[1].extend(captions)
     rows, grouped = zip(*images.values(), strict=True)
     return CaptionedImages(table, image_column, list(rows), list(images), list(grouped))
+
+
+def _image_column(table: Dataset, name: str, column: str | None) -> str:
+    column = column or next((n for n, kind in table.features.items() if isinstance(kind, Image)), None)
+    column = _existing("image", column, name, table)
+    if not isinstance(table.features[column], Image):
+        raise ValueError(
+            f"The column {column!r} of {name} holds {table.features[column]}, no images. Cast it to `datasets.Image`, or "
+            "name the folder of the pictures with `image_folder`."
+        )
+    return column
+
+
+def _captions(value, row: int, where: str) -> list[str]:
+    """The captions of a row: a string or several, each as it is or as `raw` of a mapping."""
+    if isinstance(value, dict) and isinstance(value.get("raw"), list):  # how `datasets` stores some lists of mappings
+        value = value["raw"]
+    captions = value if isinstance(value, list) else [value]
+    captions = [caption.get("raw") if isinstance(caption, dict) else caption for caption in captions]
+    wrong = next((c for c in captions if not isinstance(c, str | None)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"Row {row} has no caption (a string, or a list of them) in {where}: {wrong!r}. Name the column of the captions "
+            "with `caption_column`."
+        )
+    if not captions or not all(caption and caption.strip() for caption in captions):
+        raise ValueError(f"Row {row} has an empty or missing caption in {where}: {captions!r}.")
+    return captions
+
+
+def _with_pictures(table: Dataset, name: str, folder: str, column: str | None) -> tuple[Dataset, str]:
+    """The table with the pictures of a folder in a further column, and the name of that column.
+
+    Raises:
+        ValueError: there is no column of file names, or a picture is not there.
+    """
+    column = _existing("image", column or next((n for n in FILE_NAME_COLUMNS if n in table.column_names), None), name, table)
+    inner = table["filepath"] if "filepath" in table.column_names else [""] * len(table)
+    paths = []
+    for file, within in zip(table[column], inner, strict=True):
+        places = [Path(folder) / str(file), Path(folder) / str(within) / str(file)]
+        found = next((str(place) for place in places if place.is_file()), None)
+        if found is None:
+            raise ValueError(f"`image_folder` {folder} has no picture {file!r}, which `{column}` of {name} names.")
+        paths.append(found)
+    new = f"{column} in image_folder"
+    return table.add_column(new, paths).cast_column(new, Image()), new
 
 
 def _existing(kind: str, column: str | None, name: str, table: Dataset) -> str:
@@ -111,7 +171,7 @@ def _existing(kind: str, column: str | None, name: str, table: Dataset) -> str:
     return column
 
 
-def _load_table(name: str, split: str, config: str | None, num_scenes: int) -> Dataset:
+def _load_table(name: str, split: str, config: str | None, split_column: str | None, num_scenes: int) -> Dataset:
     if name == "scenes":
         if split not in SCENE_SEEDS:
             raise ValueError(f"The scenes have no split {split!r}; use one of {sorted(SCENE_SEEDS)}.")
@@ -121,12 +181,43 @@ def _load_table(name: str, split: str, config: str | None, num_scenes: int) -> D
         tables = load_from_disk(name) if is_saved else load_dataset(name, config)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"The data set {name!r} is neither a folder nor on the Hub: {error}") from error
-    tables = tables if isinstance(tables, DatasetDict) else {"train": tables}
-    if split not in tables:
-        raise ValueError(f"The data set {name} has no split {split!r}; its splits are {sorted(tables)}.")
-    if len(tables[split]) == 0:
+    tables = dict(tables) if isinstance(tables, DatasetDict) else {"train": tables}
+    rows_of = _rows_by_column(tables, name, split_column)
+    parts = []
+    for part in split.split("+"):
+        if part in rows_of:
+            (whole,) = tables.values()
+            parts.append(whole.select(rows_of[part]))
+        elif part in tables and split_column is None:
+            parts.append(tables[part])
+        else:
+            raise ValueError(
+                f"The data set {name} has no split {part!r}; its splits are {sorted(rows_of or tables)}. Name one of them "
+                "with `split` in evaluation, with `train_split` and `validation_split` in training."
+            )
+    table = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    if len(table) == 0:
         raise ValueError(f"The split {split!r} of the data set {name} is empty.")
-    return tables[split]
+    return table
+
+
+def _rows_by_column(tables: dict[str, Dataset], name: str, column: str | None) -> dict[str, list[int]]:
+    """Split -> its rows, as a column of the only table says; nothing where there is no such column.
+
+    Raises:
+        ValueError: the column `column` was asked for and is not there, or there are several tables.
+    """
+    (table, *others) = tables.values()
+    if column is not None:
+        if others:
+            raise ValueError(f"`split_column` is for a data set of one table; {name} has the splits {sorted(tables)}.")
+        _existing("split", column, name, table)
+    elif others or SPLIT_COLUMN not in table.column_names:
+        return {}
+    rows: dict[str, list[int]] = {}
+    for row, value in enumerate(table[column or SPLIT_COLUMN]):
+        rows.setdefault(str(value), []).append(row)
+    return rows
 
 
 def _image_ids(table: Dataset, image_column: str, image_id_column: str | None, is_one_caption: bool) -> list[str]:
