@@ -8,9 +8,10 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from tiny import PATCHES, tiny_model, tiny_processor
 
-from granalign_hf.training import evaluate, features
+from granalign_hf.training import features
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.features import token_features
+from granalign_hf.training.scoring import scored_split
 
 CAPTIONS = [["a red dog", "dog"], ["two blue cats on the square"], ["green"]]
 
@@ -39,8 +40,10 @@ def test_scores_are_those_from_pixels(data, vision, tmp_path):
     model, processor = tiny_model(vision()), tiny_processor()
     stored = token_features(model, processor, data, tmp_path, batch_size=2)
     assert stored.image_size == (16, 16)
-    from_features = evaluate.score_matrix(model, *evaluate.encode(model, processor, data, 2, stored))
-    from_pixels = evaluate.score_matrix(model, *evaluate.encode(model, processor, data, 2))
+    with scored_split(model, processor, data, 2, tmp_path / "from features", stored) as (scores, _):
+        from_features = scores.copy()
+    with scored_split(model, processor, data, 2, tmp_path / "from pixels") as (scores, _):
+        from_pixels = scores.copy()
     np.testing.assert_allclose(from_features, from_pixels, atol=2e-3)
     batch = features.FeatureCollator(stored)([features.FeatureImages(stored, 1, seed=0)[n] for n in (2, 0)])
     assert torch.isfinite(model(**batch, return_loss=True).loss)

@@ -17,13 +17,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModel, AutoProcessor
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
-from granalign_hf.evaluation import RetrievalRanks, paired_bootstrap, ranks_to_metrics
-from granalign_hf.training import demo, evaluate, train
+from granalign_hf.evaluation import RetrievalRanks, paired_bootstrap, ranks_to_metrics, retrieval_metrics
+from granalign_hf.training import demo, evaluate, protocols, train
 from granalign_hf.training.arguments import parse_arguments
 from granalign_hf.training.build import build
 from granalign_hf.training.data import load_split
 from granalign_hf.training.features import token_features
 from granalign_hf.training.record import _encoder_name
+from granalign_hf.training.scoring import scored_split
 
 TINY = [
     *("--num_scenes", "24", "--max_eval_images", "12", "--batch_size", "8", "--epochs", "2", "--eval_interval", "1"),
@@ -82,18 +83,24 @@ def test_every_parameter_changed(trained, tmp_path):
         assert not torch.equal(before, after[name]), name
 
 
-def test_checkpoint_scores_as_the_run_measured(trained):
+def test_checkpoint_scores_as_the_run_measured(trained, tmp_path):
     folder, state = trained
-    model = AutoModel.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    metrics, _ = train.validate(model, processor, load_split("scenes", "validation").first(12), None, batch_size=5)
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    data = load_split("scenes", "validation").first(12)
+    with scored_split(model, processor, data, 5, tmp_path / "scores") as (scores, diagnostics):
+        metrics = retrieval_metrics(scores, data.caption_image_index)
     best = next(record for record in state["history"] if record["epoch"] == state["best_epoch"])
     assert metrics == best["validation"]
+    assert diagnostics == pytest.approx(best["diagnostics"], rel=1e-5)
+    with np.load(folder / "ranks-validation.npz") as kept:
+        assert ranks_to_metrics(RetrievalRanks(**kept)) == metrics
 
 
-def test_evaluate_writes_metrics_and_intervals(trained, capsys):
+def test_evaluate_writes_metrics_and_intervals(trained, capsys, monkeypatch):
     folder, _ = trained
-    result = evaluate.main([str(folder), "--dataset", "scenes", "--split", "test", "--max_images", "10"])
+    scenes = load_split("scenes", "test").first(10)
+    monkeypatch.setattr(evaluate, "load_split", lambda *args, **kwargs: scenes)
+    result = evaluate.main([str(folder), "--dataset", "scenes", "--split", "test"])
     assert json.loads((folder / "metrics-test.json").read_text()) == result
     low, high = result["intervals"]["rsum"]
     assert low <= result["metrics"]["rsum"] <= high
@@ -103,6 +110,93 @@ def test_evaluate_writes_metrics_and_intervals(trained, capsys):
         ranks = RetrievalRanks(**kept)
     assert ranks_to_metrics(ranks) == result["metrics"]
     assert paired_bootstrap(ranks, ranks)["rsum"].difference == 0
+    assert not list(folder.glob("*unfinished"))
+    assert "10 images, 50 captions" in (folder / "README.md").read_text()
+
+
+def test_a_part_of_a_split_leaves_file_and_card_of_the_whole_alone(trained):
+    folder, _ = trained
+    (folder / "metrics-test.json").write_text("whole")
+    card = (folder / "README.md").read_text()
+    try:
+        result = evaluate.main([str(folder), "--max_images", "4"])
+        assert (folder / "metrics-test.json").read_text() == "whole"
+    finally:
+        (folder / "metrics-test.json").unlink()
+    assert json.loads((folder / "metrics-test-first-4.json").read_text()) == result
+    assert (folder / "ranks-test-first-4.npz").is_file()
+    assert (folder / "README.md").read_text() == card
+    evaluate.write_model_card(folder)
+    assert "4 images, 20 captions" not in (folder / "README.md").read_text()
+
+
+def test_evaluations_of_another_data_set_or_protocol_have_their_own_file(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"dataset": "flickr8k"}')
+
+    def name(*words: str) -> str:
+        return evaluate.measured_name(evaluate.parse_arguments([str(tmp_path), *words])[1], tmp_path)
+
+    assert name("--dataset", "data/flickr8k") == "test"
+    assert name("--dataset", "org/coco", "--split", "val") == "coco-val"
+    assert name("--dataset", "flickr8k", "--protocol", "flickr8k-1k") == "flickr8k-1k"
+    assert name("--dataset", "org/coco", "--protocol", "coco-5k") == "coco-coco-5k"
+
+
+def test_evaluate_by_a_protocol(trained, monkeypatch, capsys):
+    folder, _ = trained
+    scenes = load_split("scenes", "test").first(6)
+    monkeypatch.setattr(evaluate, "load_split", lambda *args, **kwargs: scenes)
+    monkeypatch.setitem(protocols.PROTOCOLS, "coco-1k-5fold", protocols.Protocol("coco-1k-5fold", "test", 6, num_folds=3))
+    result = evaluate.main([str(folder), "--protocol", "coco-1k-5fold"])
+    assert json.loads((folder / "metrics-coco-1k-5fold.json").read_text()) == result
+    assert result["protocol"].startswith("coco-1k-5fold: 6 images, 30 captions, all pairs, mean over 3 folds of 2 ")
+    figures = [line for line in capsys.readouterr().out.splitlines() if "[" in line]
+    assert len(figures) == 7 and all(line.startswith("coco-1k-5fold ") for line in figures)
+    with np.load(folder / "ranks-coco-1k-5fold.npz") as kept:
+        assert {"image_to_text_0", "image_to_text_2"} < set(kept) and len(kept["image_to_text_2"]) == 2
+    assert "### scenes, test\n\nProtocol: coco-1k-5fold" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "CHECKPOINT"),
+        (["CHECKPOINT", "--splt", "test"], "unknown fields on the command line: splt (did you mean split?)"),
+        (["CHECKPOINT", "--max_images", "0"], "max_images must be at least 1, got 0"),
+        (["CHECKPOINT", "--matmul_precision", "low"], "matmul_precision must be one of highest, high, medium, got low"),
+        (["CHECKPOINT", "--protocol", "coco"], "protocol must be one of "),
+        (["CHECKPOINT", "--protocol", "coco-5k", "--max_images", "9"], "max_images must be left out"),
+        (
+            ["CHECKPOINT", "--protocol", "coco-5k"],
+            "defined on the 5000 images of the split 'test' (Karpathy), got 500 images",
+        ),
+        (["CHECKPOINT", "--split", "dev"], "The scenes have no split 'dev'"),
+        (["runs/no/such/folder"], "the checkpoint runs/no/such/folder does not exist"),
+        (["tests"], "the folder tests holds no checkpoint: it has no config.json"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(trained, words, message, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(SystemExit):
+        evaluate.main([str(trained[0]) if word == "CHECKPOINT" else word for word in words])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 2, error
+
+
+def test_help_of_evaluate(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    text = capsys.readouterr().out
+    assert "CHECKPOINT" in text and "--protocol" in text and "--image_column" in text
+
+
+def test_new_weights_remove_what_was_measured_on_the_old_ones(trained, tmp_path):
+    for name in ("metrics-test.json", "ranks-test.npz", "demo.png", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    train.main([*TINY, "--output_dir", str(tmp_path), "--epochs", "1"])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not names & {"metrics-test.json", "ranks-test.npz", "demo.png", "validation-unfinished"}
+    assert {"notes.txt", "ranks-validation.npz", "metrics.json"} <= names
 
 
 def test_evaluate_of_a_hub_id_writes_to_the_working_directory(trained, tmp_path, monkeypatch, capsys):
@@ -124,22 +218,6 @@ def test_evaluate_refuses_an_output_that_it_could_not_write_before_it_loads(outp
     with pytest.raises(SystemExit):
         evaluate.main(["org/name", "--output", output])
     assert f"the output {output} cannot be written" in capsys.readouterr().err
-
-
-def test_diagnostics_of_regions():
-    # Two images of two patches and two regions; the words of image 0 prefer one region, those of image 1 take both.
-    regions = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]] * 2)
-    assignment = torch.tensor([[[1.0, 0.5], [0.0, 0.5]], [[0.5, 0.5], [0.5, 0.5]]])
-    image = SimpleNamespace(
-        patch_saliency=None, patch_mask=None, region_embeds=regions, region_means=regions, region_assignment=assignment
-    )
-    words = torch.tensor([[[0.9, 0.1], [0.8, 0.2]], [[0.1, 0.9], [0.9, 0.1]], [[0.7, 0.1], [0.1, 0.9]]])
-    mask = torch.tensor([[True, True], [True, True], [True, False]])
-    text = SimpleNamespace(word_saliency=None, word_mask=mask, word_embeds=words)
-    values = evaluate.diagnostics(image, text, np.array([0, 1, 0]))
-    assert values["distinct_regions"] == (1 / 2 + 2 / 2) / 2
-    assert values["effective_patches"] == (1 + 2 + 2 + 2) / 4
-    assert values["region_mean_cosine"] == 0
 
 
 def test_resumed_run_ends_as_the_uninterrupted_one(trained, tmp_path):
@@ -299,8 +377,10 @@ def test_frozen_encoders_train_on_cached_features(tmp_path, monkeypatch):
     cache = tmp_path / "runs" / "features"
     features = token_features(model, processor, data, cache, batch_size=5)
     assert len(list(cache.iterdir())) == 2  # those of the run: its encoders have not changed
-    from_features = evaluate.score_matrix(model, *evaluate.encode(model, processor, data, 5, features))
-    from_pixels = evaluate.score_matrix(model, *evaluate.encode(model, processor, data, 5))
+    with scored_split(model, processor, data, 5, tmp_path / "features", features) as (mapped, _):
+        from_features = mapped.copy()
+    with scored_split(model, processor, data, 5, tmp_path / "pixels") as (mapped, _):
+        from_pixels = mapped.copy()
     assert np.ptp(from_pixels) > 0.01
     np.testing.assert_allclose(from_features, from_pixels, atol=1e-3)
 

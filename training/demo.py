@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
-from granalign_hf.evaluation import bootstrap_interval, fold_metrics, fold_ranks
+from granalign_hf.evaluation import bootstrap_interval, fold_ranks
 from granalign_hf.explanation import align, word_maps, words_of
 from granalign_hf.figure import figure
 from granalign_hf.grounding import pointing_game
 from granalign_hf.model_card import write_model_card
 from granalign_hf.training.data import CaptionedImages, load_split
-from granalign_hf.training.evaluate import encode, score_matrix
+from granalign_hf.training.protocols import mean_metrics
+from granalign_hf.training.scoring import scored_split
 
 GALLERY = 100
 
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = GranAlignModel.from_pretrained(folder).eval()
     processor = GranAlignProcessor.from_pretrained(folder)
     scenes = load_split("scenes", "test")
-    scores = score_matrix(model, *encode(model, processor, scenes, batch_size=50))
-    folds = fold_ranks(scores, scenes.caption_image_index, len(scenes) // GALLERY)
+    with scored_split(model, processor, scenes, 64, folder / "metrics-demo-unfinished") as (scores, _):
+        folds = fold_ranks(scores, scenes.caption_image_index, len(scenes) // GALLERY)
     result: dict = {
         "dataset": "scenes",
         "split": "test",
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict:
         "num_captions": len(scenes.caption_image_index),
         "date": datetime.date.today().isoformat(),
         "command": f"python -m granalign_hf.training.demo {folder.name}",
-        "metrics": fold_metrics(scores, scenes.caption_image_index, len(folds)),
+        "metrics": mean_metrics(folds),
         "intervals": {name: list(interval) for name, interval in bootstrap_interval(folds).items()},
         "pointing": pointing(model, processor, scenes),
     }

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from granalign_hf.modeling import processing_granalign
@@ -34,8 +36,22 @@ class TokenFeatures:
     image_size: tuple[int, int]  # (height, width) in pixels of what the vision encoder saw
     first_caption: np.ndarray  # (N + 1,)
 
-    def caption(self, number: int) -> slice:
-        return slice(self.word_offsets[number], self.word_offsets[number + 1])
+    def images(self, numbers: Sequence[int]) -> dict:
+        """Arguments of `get_image_features` that stand for these images."""
+        hidden = torch.from_numpy(self.image_hidden[list(numbers)]).float()
+        return {"vision_model_output": BaseModelOutput(last_hidden_state=hidden), "image_size": self.image_size}
+
+    def captions(self, numbers: Iterable[int]) -> dict:
+        """Arguments of `get_text_features` that stand for these captions."""
+        spans = [slice(self.word_offsets[n], self.word_offsets[n + 1]) for n in numbers]
+        words = pad_sequence([torch.from_numpy(self.word_hidden[s].copy()) for s in spans], batch_first=True)
+        ids = pad_sequence([torch.from_numpy(self.word_ids[s]) for s in spans], batch_first=True)
+        lengths = torch.tensor([s.stop - s.start for s in spans])
+        return {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+            "text_model_output": BaseModelOutput(last_hidden_state=words.float()),
+        }
 
 
 def token_features(
@@ -54,7 +70,7 @@ def token_features(
     Raises:
         ValueError: an encoder's output is not finite or too large for float16; the message names the image or caption.
     """
-    folder = folder / _key(model, processor, data)
+    folder = folder / fingerprint((model.vision_model, model.text_model), processor, data)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as workplace:
@@ -73,11 +89,12 @@ def token_features(
     return TokenFeatures(data, image_size=(height, width), first_caption=first_caption, **arrays)
 
 
-def _key(model: GranAlignModel, processor: GranAlignProcessor, data: CaptionedImages) -> str:
+def fingerprint(models: Iterable[PreTrainedModel], processor: GranAlignProcessor, data: CaptionedImages) -> str:
+    """Tells apart whatever the outputs of these models on a split depend on: weights, preprocessing, pictures, captions."""
     digest = hashlib.sha256()
-    for encoder in (model.vision_model, model.text_model):
-        digest.update(encoder.config.to_json_string().encode())
-        for name, weight in sorted(encoder.state_dict().items()):
+    for model in models:
+        digest.update(model.config.to_json_string().encode())
+        for name, weight in sorted(model.state_dict().items()):
             digest.update(name.encode())
             digest.update(
                 weight.contiguous().cpu().view(torch.uint8).numpy().tobytes() if weight.ndim else repr(weight).encode()
@@ -163,17 +180,10 @@ class FeatureCollator:
     features: TokenFeatures
 
     def __call__(self, items: list[dict]) -> dict:
-        images = torch.from_numpy(self.features.image_hidden[[item["number"] for item in items]])
-        spans = [self.features.caption(c) for item in items for c in item["captions"]]
-        words = pad_sequence([torch.from_numpy(self.features.word_hidden[s].copy()) for s in spans], batch_first=True)
-        ids = pad_sequence([torch.from_numpy(self.features.word_ids[s]) for s in spans], batch_first=True)
-        lengths = torch.tensor([s.stop - s.start for s in spans])
+        numbers = [item["number"] for item in items]
         return {
-            "input_ids": ids,
-            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-            "vision_model_output": BaseModelOutput(last_hidden_state=images.float()),
-            "image_size": self.features.image_size,
-            "text_model_output": BaseModelOutput(last_hidden_state=words.float()),
-            "image_ids": torch.tensor([item["number"] for item in items]),
+            **self.features.images(numbers),
+            **self.features.captions(c for item in items for c in item["captions"]),
+            "image_ids": torch.tensor(numbers),
             "caption_image_ids": torch.tensor([item["number"] for item in items for _ in item["captions"]]),
         }

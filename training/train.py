@@ -17,24 +17,26 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from granalign_hf.evaluation import ranks_to_metrics, retrieval_ranks
+from granalign_hf.evaluation import RetrievalRanks, ranks_to_metrics, retrieval_ranks
 from granalign_hf.model_card import write_model_card
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments, parse_arguments
 from granalign_hf.training.build import build
 from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split
-from granalign_hf.training.evaluate import diagnostics, encode, score_matrix
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.plot import plot_history
+from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
 from granalign_hf.training.runtime import set_up_torch
+from granalign_hf.training.scoring import scored_split
 
 logger = get_logger(__name__)
+MEASURED = ("metrics-*.json", "ranks-*.npz", "demo.png")
 
 
 @dataclass
@@ -86,19 +88,15 @@ def main(argv: list[str] | None = None) -> dict:
     for epoch in range(state["epoch"], run.epochs):
         record: dict = {"epoch": epoch + 1, **train_epoch(training, epoch, _last_rsum(state))}
         is_due = (epoch + 1) % run.eval_interval == 0 or epoch + 1 == run.epochs
-        if accelerator.is_main_process and is_due:
-            record |= validate_epoch(training, epoch)
+        ranks = None
+        if is_due:
+            ranks, figures = validate_epoch(training, epoch)
+            record |= figures
         state["history"].append(record)
         state["epoch"] = epoch + 1
         state["seconds"] = time.perf_counter() - started
-        if "validation" in record:
-            # Validation selects the checkpoint that stays.
-            best = max((r for r in state["history"] if "validation" in r), key=lambda r: r["validation"]["rsum"])
-            if best is record:
-                state["best_epoch"] = epoch + 1
-                save_checkpoint(training.plain_model, training.processor, output)
-            write_metrics(output, training, command, state)
-            tqdm.write(f"epoch {epoch + 1}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
+        if ranks is not None:
+            keep_best(training, command, state, ranks)
         save_state(accelerator, output, state)
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -116,9 +114,9 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         ValueError: the data or the model cannot be had, or there are fewer images than a batch needs.
     """
     # Data and model
-    columns = (run.dataset_config, run.image_column, run.caption_column, run.image_id_column)
-    train_data = load_split(run.dataset, run.train_split, *columns, num_scenes=run.num_scenes).first(run.max_train_images)
-    val_data = load_split(run.dataset, run.validation_split, *columns).first(run.max_eval_images)
+    train_data = load_split(run.dataset, run.train_split, **run.load_options, num_scenes=run.num_scenes)
+    train_data = train_data.first(run.max_train_images)
+    val_data = load_split(run.dataset, run.validation_split, **run.load_options).first(run.max_eval_images)
     model, processor = build(run, fields, train_data.all_captions)
     if accelerator.is_main_process:
         processor.warn_of_truncation(train_data.all_captions + val_data.all_captions)
@@ -202,14 +200,34 @@ def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, flo
     return totals
 
 
-def validate_epoch(training: Training, epoch: int) -> dict[str, dict]:
-    """`validation` and `diagnostics` of an epoch, logged too."""
-    metrics, values = validate(
-        training.plain_model, training.processor, training.val_data, training.val_features, training.run.eval_batch_size
-    )
+def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict[str, dict]]:
+    """The ranks, and `validation` and `diagnostics` of an epoch, logged too. Every process scores a part of the images."""
+    run, accelerator = training.run, training.accelerator
+    for buffer in training.plain_model.buffers():
+        broadcast(buffer)  # each process has its own statistics of batch norm, and those of the main one are saved
+    folder = Path(run.output_dir) / "validation-unfinished"
+    data = (training.processor, training.val_data, run.eval_batch_size, folder, training.val_features)
+    with scored_split(training.plain_model, *data) as (scores, diagnostics):
+        ranks = retrieval_ranks(scores, training.val_data.caption_image_index)
+    metrics = ranks_to_metrics(ranks)
     step = (epoch + 1) * len(training.loader)
-    training.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
-    return {"validation": metrics, "diagnostics": values}
+    accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+    return ranks, {"validation": metrics, "diagnostics": diagnostics}
+
+
+def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRanks) -> None:
+    """Writes the checkpoint, and the rank of every query, if the last epoch is the best on validation; the record always."""
+    output, record = Path(training.run.output_dir), state["history"][-1]
+    best = max((r for r in state["history"] if "validation" in r), key=lambda r: r["validation"]["rsum"])
+    if best is record:
+        state["best_epoch"] = record["epoch"]
+    if not training.accelerator.is_main_process:
+        return
+    if best is record:
+        save_checkpoint(training.plain_model, training.processor, output)
+        save_ranks(output / f"ranks-{training.run.validation_split}.npz", [ranks])
+    write_metrics(output, training, command, state)
+    tqdm.write(f"epoch {record['epoch']}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
 
 
 def parameter_groups(model: torch.nn.Module, run: RunArguments) -> list[dict]:
@@ -240,14 +258,6 @@ def make_scheduler(optimizer, run: RunArguments, steps_per_epoch: int):
     return get_scheduler(run.lr_scheduler, optimizer, int(run.lr_warmup_share * num_steps), num_steps)
 
 
-def validate(model, processor, data, features, batch_size: int) -> tuple[dict, dict]:
-    """Metrics and diagnostics on a split, with the model as it is."""
-    model.eval()
-    image, text = encode(model, processor, data, batch_size, features)
-    metrics = ranks_to_metrics(retrieval_ranks(score_matrix(model, image, text), data.caption_image_index))
-    return metrics, diagnostics(image, text, data.caption_image_index)
-
-
 def warn_if_stuck(totals: dict[str, float], run: RunArguments, margin: float, use_hard_negatives: bool) -> None:
     """A hinge of 2 x margin with hardest negatives means that all pairs score alike."""
     stuck = [
@@ -261,7 +271,13 @@ def warn_if_stuck(totals: dict[str, float], run: RunArguments, margin: float, us
 
 
 def save_checkpoint(model, processor, output: Path) -> None:
-    """The complete folder that `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained` read."""
+    """The complete folder that `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained` read.
+
+    What evaluations have measured on the weights of before goes: it would stand beside others.
+    """
+    for pattern in MEASURED:
+        for path in output.glob(pattern):
+            path.unlink()
     model.save_pretrained(output)
     processor.save_pretrained(output)
 
