@@ -262,7 +262,8 @@ def paired_bootstrap_of_runs(
     """Bootstrap of the mean difference of two methods, each trained several times: over images and over training runs.
 
     Every draw takes images with replacement, the same for all runs, and runs of each method with replacement, since
-    another training would have given other ones. With one run a method it is `paired_bootstrap`.
+    another training would have given other ones; what n runs deviate is scaled by sqrt(n / (n - 1)), as drawing from so
+    few understates it. With one run a method it is `paired_bootstrap`, and says nothing of another training.
 
     Args:
         first, second: the ranks of each training run of a method, all on the same images and captions.
@@ -280,7 +281,9 @@ def paired_bootstrap_of_runs(
     for method in (first, second):
         recalls = np.stack([_resampled_recalls([run], num_samples, seed) for run in method])
         chosen = rng.integers(len(method), size=(len(method), num_samples))
-        drawn.append(recalls[chosen, np.arange(num_samples)].mean(axis=0))
+        mean = recalls.mean(axis=0)
+        deviation = recalls[chosen, np.arange(num_samples)].mean(axis=0) - mean
+        drawn.append(mean + deviation * np.sqrt(len(method) / max(len(method) - 1, 1)))
         means.append(_mean_recalls(list(method)))
     return _paired_differences(means[0] - means[1], drawn[0] - drawn[1], confidence)
 

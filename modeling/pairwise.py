@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .product import all_products
 
+DEFAULT_BUDGET = {True: 2**24, False: 2**28}  # bytes of a tile, on a CPU or not: there few launches matter, not caches
 SPARSE_SHARE = 1 / 8  # below this share of pairs with a gradient, each image meets only the captions that need it
 GRAPH_TILES = 4  # the graph of a tile keeps several tensors of its size, so tiles of the backward pass are smaller
 
@@ -70,37 +71,52 @@ class Tokens(NamedTuple):
         return Tokens(change(self.patch_embeds), change(self.word_embeds), *optional)
 
 
-def score_all_pairs(rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None, memory_budget: int) -> Tensor:
+_Walk = Callable[[Rule, "_Layout", Tokens], Tensor]
+
+
+def score_all_pairs(
+    rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None, memory_budget: int | None = None
+) -> Tensor:
     """Scores of every image with every caption, (levels, B, C), in at least float32.
 
     Products keep the dtype of the input, except float16 on a CPU (16 times slower there than float32). Autocast is off:
     its bfloat16 steps are too coarse for a ranking. An image without patches or a caption without words scores 0.
+
+    `torch.compile` breaks its graph here, so `fullgraph=True` is refused; transforms of `torch.func` are not supported.
+    An exported graph (torch.export, ONNX) has no loop over lengths but one tile, and takes any batch and length.
     """
-    device = tokens.patch_embeds.device
-    dtype = tokens.patch_embeds.dtype
-    if device.type == "cpu" and dtype == torch.float16:
-        dtype = torch.float32
+    if torch.compiler.is_exporting():
+        return _score(_as_one_tile, rule, tokens, word_mask, patch_mask)
+    return _score_outside_graphs(rule, tokens, word_mask, patch_mask, memory_budget)
+
+
+@torch.compiler.disable(reason="the tiles follow the lengths of the captions: a graph would be built anew for every batch")
+def _score_outside_graphs(
+    rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None, memory_budget: int | None
+) -> Tensor:
+    if patch_mask is not None and patch_mask.all():
+        patch_mask = None
+    budget = memory_budget or DEFAULT_BUDGET[word_mask.device.type == "cpu"]
+
+    def by_tiles(rule: Rule, layout: _Layout, tokens: Tokens) -> Tensor:
+        return _AllPairs.apply(rule, layout, budget, *tokens)
+
+    return _score(by_tiles, rule, tokens, word_mask, patch_mask)
+
+
+def _score(walk: _Walk, rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None) -> Tensor:
+    device, dtype = tokens.patch_embeds.device.type, tokens.patch_embeds.dtype
+    dtype = torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
     tokens = tokens.map(lambda t: t.to(dtype).contiguous())
-    with torch.autocast(device.type, enabled=False):
-        if torch.compiler.is_exporting():
-            scores = _score_as_one_tile(rule, tokens, word_mask, patch_mask)
-        else:
-            scores = _score_by_tiles(rule, tokens, word_mask, patch_mask, memory_budget)
+    with torch.autocast(device, enabled=False):
+        scores = walk(rule, _Layout.of(word_mask, patch_mask, tokens), tokens)
     scores = scores.masked_fill(~word_mask.any(1), 0)
     return scores if patch_mask is None else scores.masked_fill(~patch_mask.any(1)[:, None], 0)
 
 
-@torch.compiler.disable  # the tiles follow the lengths of the captions: a graph would be built anew for every batch
-def _score_by_tiles(rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None, memory_budget: int) -> Tensor:
-    if patch_mask is not None and patch_mask.all():
-        patch_mask = None
-    return _AllPairs.apply(rule, _Layout.of(word_mask, patch_mask, tokens), memory_budget, *tokens)
-
-
-def _score_as_one_tile(rule: Rule, tokens: Tokens, word_mask: Tensor, patch_mask: Tensor | None) -> Tensor:
-    """The same scores without a loop over lengths, for a graph of any batch and length (ONNX, torch.export)."""
-    layout = _Layout.of(word_mask, patch_mask, tokens)
-    block = [_Group(torch.arange(word_mask.shape[0], device=word_mask.device), word_mask.shape[1])]
+def _as_one_tile(rule: Rule, layout: _Layout, tokens: Tokens) -> Tensor:
+    num_captions, max_words = layout.word_index.shape
+    block = [_Group(torch.arange(num_captions, device=layout.word_index.device), max_words)]
     return _score_tile(rule, layout, block, slice(None), _pack(tokens, layout, block)[0])
 
 
@@ -173,21 +189,21 @@ def _pack(tokens: Tokens, layout: _Layout, block: list[_Group]) -> tuple[Tokens,
     return packed, flat
 
 
-def _images(tokens: Tokens, tile: slice | Tensor) -> Tokens:
+def _of_images(tokens: Tokens, images: slice | Tensor) -> Tokens:
     patches, _, saliency, _, regions = tokens
     return tokens._replace(
-        patch_embeds=patches[tile],
-        patch_saliency=None if saliency is None else saliency[tile],
-        region_embeds=None if regions is None else regions[tile],
+        patch_embeds=patches[images],
+        patch_saliency=None if saliency is None else saliency[images],
+        region_embeds=None if regions is None else regions[images],
     )
 
 
-def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice | Tensor, tokens: Tokens) -> Tensor:
+def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], images: slice | Tensor, tokens: Tokens) -> Tensor:
     """The packed words of a block with the images of a tile -> (levels, i, captions of the block)."""
     patches, words, patch_saliency, word_saliency, regions = tokens
     num_images, num_patches, _ = patches.shape
     if layout.patch_index is not None:
-        index = layout.patch_index[tile]
+        index = layout.patch_index[images]
         patches = patches.gather(1, index[..., None].expand_as(patches))
         patch_saliency = None if patch_saliency is None else patch_saliency.gather(1, index)
     shapes = [(group.captions.shape[0], group.num_words) for group in block]
@@ -197,7 +213,7 @@ def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice | 
             all_products(words, patches.flatten(0, 1)).view(-1, num_images, num_patches),
             None if regions is None else all_products(words, regions.flatten(0, 1)).view(-1, *regions.shape[:2]),
             torch.cat(word_weights)[:, None],
-            layout.patch_weights[tile],
+            layout.patch_weights[images],
             None if word_saliency is None else word_saliency[:, None, None],
             patch_saliency,
             words,
@@ -209,7 +225,7 @@ def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], tile: slice | 
 
 
 def _slices(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    return [slice(start, start + step) for start in range(0, length, step)]
 
 
 class _AllPairs(torch.autograd.Function):
@@ -224,7 +240,7 @@ class _AllPairs(torch.autograd.Function):
         for block in _blocks(layout.lengths, captions, min(square, columns)):
             packed, _ = _pack(tokens, layout, block)
             tiles = _slices(num_images, max(columns // len(packed.word_embeds), 1))
-            parts = [_score_tile(rule, layout, block, tile, _images(packed, tile)) for tile in tiles]
+            parts = [_score_tile(rule, layout, block, images, _of_images(packed, images)) for images in tiles]
             scores.append(torch.cat(parts, dim=1))
             order += [group.captions for group in block]
         ctx.save_for_backward(*tokens)
@@ -247,13 +263,13 @@ class _AllPairs(torch.autograd.Function):
             images_per_tile = 1 if grad.device.type == "cpu" else 16
         else:
             images_per_tile = max(columns // int(layout.lengths.sum()), 1)
-        images = has_grad.any(1).nonzero()[:, 0]  # none without patches: NaN there would reach the words
-        tiles = images.split(images_per_tile) if len(images) < len(has_grad) else _slices(len(images), images_per_tile)
+        wanted = has_grad.any(1).nonzero()[:, 0]  # none without patches: NaN there would reach the words
+        tiles = wanted.split(images_per_tile) if len(wanted) < len(has_grad) else _slices(len(wanted), images_per_tile)
         with torch.autocast(grad.device.type, enabled=False):
-            for tile in tiles:
-                captions = has_grad[tile].any(0).nonzero()[:, 0]
+            for images in tiles:
+                captions = has_grad[images].any(0).nonzero()[:, 0]
                 for block in _blocks(layout.lengths, captions, max(columns // images_per_tile, 1)):
-                    _add_tile_grads(ctx.rule, layout, block, tile, tokens, grad, totals)
+                    _add_tile_grads(ctx.rule, layout, block, images, tokens, grad, totals)
         by_input = (totals[n].to(t.dtype) if n in totals else None for n, t in tokens._asdict().items())
         return (None, None, None, *by_input)
 
@@ -262,23 +278,23 @@ def _add_tile_grads(
     rule: Rule,
     layout: _Layout,
     block: list[_Group],
-    tile: slice | Tensor,
+    images: slice | Tensor,
     tokens: Tokens,
     grad: Tensor,
     totals: dict[str, Tensor],
 ) -> None:
     """Recomputes one tile with a graph and adds its gradients in place to `totals`, which names the wanted inputs."""
     packed, flat = _pack(tokens, layout, block)
-    leaves = _images(packed, tile).map(lambda t: t.detach().to(grad.dtype))
+    leaves = _of_images(packed, images).map(lambda t: t.detach().to(grad.dtype))
     wanted = [getattr(leaves, name).requires_grad_() for name in totals]
     with torch.enable_grad():
-        scores = _score_tile(rule, layout, block, tile, leaves)
+        scores = _score_tile(rule, layout, block, images, leaves)
     captions = torch.cat([group.captions for group in block])
-    parts = torch.autograd.grad(scores, wanted, grad[:, tile][..., captions], allow_unused=True)
+    parts = torch.autograd.grad(scores, wanted, grad[:, images][..., captions], allow_unused=True)
     for (name, total), part in zip(totals.items(), parts, strict=True):
         if part is None:
             continue
         if name.startswith("word"):
             total.flatten(0, 1).index_add_(0, flat, part)
         else:
-            total[tile] += part
+            total[images] += part

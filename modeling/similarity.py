@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .pairwise import Rule, Tile, Tokens, score_all_pairs
 
 PAPER_LEVEL_WEIGHTS = (0.4, 0.4, 0.2)
-DEFAULT_MEMORY_BUDGET = 2**24
 
 
 def token_similarity(
@@ -27,7 +26,7 @@ def token_similarity(
     word_saliency: Tensor | None = None,
     region_embeds: Tensor | None = None,
     level_weights: Sequence[float] | None = None,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Weighted sum of the levels of [`level_similarities`]; same arguments, same errors.
 
@@ -73,7 +72,7 @@ def level_similarities(
     patch_saliency: Tensor | None = None,
     word_saliency: Tensor | None = None,
     region_embeds: Tensor | None = None,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Bidirectional max-mean similarity of every image with every caption, level by level (GRM eq. 7).
 
@@ -88,7 +87,8 @@ def level_similarities(
         patch_mask: (B, v) bool, True = real patch. `None`: all are real.
         patch_saliency: (B, v), word_saliency: (C, w), in [0, 1]. `None` next to the other one: all 1.
         region_embeds: (B, k, d).
-        memory_budget: bytes of one tile of products. It changes the speed, never the result.
+        memory_budget: bytes of one tile of products; `None`: 16 MiB on a CPU, whose caches it has to suit, and 256 MiB
+            elsewhere. It changes the speed, and the result by no more than the rounding of a product.
 
     Returns:
         (levels, B, C), at least float32. A caption without words or an image without patches scores 0.
@@ -113,7 +113,7 @@ def hard_alignment(
     patch_mask: Tensor | None = None,
     pooling: str = "mean",
     temperature: float = 0.1,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """CHAN's hard alignment (CVPR 2023): only the best patch of each word counts, then the words are pooled.
 
@@ -143,13 +143,13 @@ def cross_attention(
     patch_mask: Tensor | None = None,
     direction: str = "t2i",
     inverse_temperature: float | None = None,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """SCAN's stacked cross-attention (ECCV 2018): each query attends over all contexts; mean cosine of the two.
 
     Attention: leaky ReLU (0.1) of <query, context>, L2-normalised over the queries, softmax over the contexts. The attended
     context c = sum_j a_j x_j is never built: <q, c> = sum_j a_j <q, x_j> and |c|^2 = a' G a with the Gram matrix G of the
-    contexts, so that nothing is larger than a tile of products.
+    contexts, or for few words from c itself, whichever is smaller.
 
     Args as in [`level_similarities`]. `direction`: `"t2i"` (words attend over patches, inverse temperature 9) or `"i2t"`
     (patches attend over words, 4).
@@ -215,8 +215,12 @@ def _words_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
     attention = nn.functional.leaky_relu(products, 0.1) * (tile.word_weights[..., None] > 0)
     attention = attention / tile.to_words(_norm(tile.over_words(torch.sum, attention.square())))
     attention = (inverse_temperature * attention).masked_fill(tile.patch_weights == 0, -torch.inf).softmax(2)
-    by_image = attention.transpose(0, 1)
-    context_squares = ((by_image @ (patches @ patches.mT)) * by_image).sum(2).T
+    by_image, (_, num_patches, dim) = attention.transpose(0, 1), patches.shape
+    # The contexts of few words are smaller than the Gram matrix; an exported graph cannot choose by size.
+    if not torch.compiler.is_exporting() and len(words) * dim < num_patches * num_patches:
+        context_squares = (by_image @ patches).square().sum(2).T
+    else:
+        context_squares = ((by_image @ (patches @ patches.mT)) * by_image).sum(2).T
     cosines = _cosine((attention * products).sum(2), words.square().sum(1)[:, None] * context_squares)
     return [tile.over_words(torch.sum, cosines * tile.word_weights)]
 

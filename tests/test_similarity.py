@@ -5,6 +5,8 @@ from itertools import combinations
 import pytest
 import reference
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from granalign_hf.modeling import product
 from granalign_hf.modeling.losses import contrastive_hinge
@@ -292,6 +294,38 @@ def test_any_memory_budget_gives_the_same_result(draw_tokens, memory_budget):
     torch.testing.assert_close(hard_alignment(**chan[0], **chan[1]), hard_alignment(**chan[0]), rtol=0, atol=1e-13)
 
 
+def test_a_memory_budget_changes_float32_scores_by_rounding_only():
+    """Tiles large enough for the kernel that large products get, and tiles too small for it."""
+    generator = torch.Generator().manual_seed(0)
+    patches, words = (torch.randn(16, n, 512, generator=generator) for n in (196, 24))
+    mask = torch.arange(24) < torch.randint(1, 25, (16, 1), generator=generator)
+    exact = token_similarity(patches.double(), words.double(), mask)
+    for memory_budget in (2**14, 2**18, 2**22, None):
+        scores = token_similarity(patches, words, mask, memory_budget=memory_budget)
+        torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-6 * exact.abs().max().item())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation within it returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.largest = max(self.largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+def test_cross_attention_of_one_caption_needs_no_gram_matrix_of_every_image(draw_tokens, direction):
+    """One short caption leaves room for many images in a tile, whose Gram matrices would be larger than all else."""
+    tokens = draw_tokens(1, images=40, captions=1, patches=64, words=2, dim=4, has_holes=False, dtype=torch.float32)
+    plain = [tokens[name] for name in TOKENS[:3]]
+    with LargestTensor() as mode:
+        cross_attention(*plain, direction=direction)
+    assert mode.largest <= tokens["patch_embeds"].numel()
+
+
 @pytest.mark.parametrize("score", [token_similarity, level_similarities, hard_alignment, cross_attention])
 def test_autocast_changes_nothing(draw_tokens, score):
     plain, cast = (
@@ -509,3 +543,27 @@ def test_either_kernel_gives_the_product_and_its_gradients(monkeypatch, has_fast
     words, patches, upstream = words.double(), patches.double(), upstream.double()
     for ours, exact in zip(found, (words @ patches.T, upstream @ patches, upstream.T @ words), strict=True):
         assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_a_compiled_graph_breaks_at_the_tiles_and_says_so_where_it_may_not(draw_tokens):
+    tokens = [draw_tokens(0)[name] for name in TOKENS[:3]]
+    compiled = torch.compile(token_similarity, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="tiles follow the lengths of the captions"):
+        compiled(*tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # both of PyTorch's own code
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_the_default_compiler_gives_the_same_scores_and_gradients(draw_tokens):
+    tokens = {name: t for name, t in draw_tokens(0, dtype=torch.float32).items()}
+    eager, compiled = with_grad(tokens), with_grad(tokens)
+    expected = token_similarity(**eager) * 2
+    scores = torch.compile(lambda kwargs: token_similarity(**kwargs) * 2)(compiled)
+    torch.testing.assert_close(scores, expected)
+    scores.sum().backward()
+    expected.sum().backward()
+    for name, gradient in grads(eager).items():
+        torch.testing.assert_close(compiled[name].grad, gradient)

@@ -10,10 +10,13 @@ from torch import Tensor
 
 
 def einsum_max_mean(patches: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-    """The 4-D tensor in one einsum, then both directions: the form of ColPali and of CHAN, with padding masked."""
-    products = torch.einsum("ivd,twd->itwv", patches, words)
-    best_patch = products.amax(3).masked_fill(~mask, 0).sum(2) / mask.sum(1)
-    return best_patch + products.masked_fill(~mask[None, :, :, None], -torch.inf).amax(2).mean(2)
+    """The 4-D tensor in one einsum, then both directions: the form of ColPali and of CHAN, with padding masked.
+
+    Words come first, so that patches lie innermost, and `max` keeps indices for the backward pass, not the tensor.
+    """
+    products = torch.einsum("twd,ivd->itwv", words, patches)
+    best_patch = products.max(3).values.masked_fill(~mask, 0).sum(2) / mask.sum(1)
+    return best_patch + products.masked_fill(~mask[None, :, :, None], -torch.inf).max(2).values.mean(2)
 
 
 def caption_loop_max_mean(patches: Tensor, words: Tensor, mask: Tensor) -> Tensor:
@@ -22,13 +25,13 @@ def caption_loop_max_mean(patches: Tensor, words: Tensor, mask: Tensor) -> Tenso
     for caption, length in zip(words, mask.sum(1).tolist(), strict=True):
         repeated = caption[:length].expand(len(patches), -1, -1).contiguous()
         products = repeated @ patches.transpose(1, 2)
-        columns.append(products.amax(2).mean(1) + products.amax(1).mean(1))
+        columns.append(products.max(2).values.mean(1) + products.max(1).values.mean(1))
     return torch.stack(columns, dim=1)
 
 
 def einsum_hard_alignment(patches: Tensor, words: Tensor, mask: Tensor) -> Tensor:
     """CHAN's form: the 4-D tensor, its maximum over patches, the mean over words."""
-    best_patch = torch.einsum("ivd,twd->itwv", patches, words).amax(3)
+    best_patch = torch.einsum("twd,ivd->itwv", words, patches).max(3).values
     return best_patch.masked_fill(~mask, 0).sum(2) / mask.sum(1)
 
 
