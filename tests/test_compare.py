@@ -30,7 +30,7 @@ def recipe(tmp_path):
         "diagnostics": ["region_mean_cosine"],
         "runs": {"plain": {"aligner": "max_mean"}, "grm": {"level_weights": [0.5, 0.3, 0.2]}},
     }
-    (tmp_path / "base.yaml").write_text("dataset: somewhere\n")
+    (tmp_path / "base.yaml").write_text("dataset: somewhere\nsplit_column: part\nepochs: 3\n")
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
@@ -66,6 +66,8 @@ def test_a_comparison_trains_each_run_with_each_seed_once(recipe, calls, tmp_pat
         name: [compare.read_ranks(tmp_path / "runs" / f"{name}-seed{seed}" / "ranks-test.npz") for seed in (0, 1)]
         for name in ("plain", "grm")
     }
+    evaluated = [call for call in calls if call[0] == "evaluate"]
+    assert evaluated[0][2:] == ["--dataset", "somewhere", "--split_column", "part", "--split", "test"]
     row = result["runs"]["grm"]
     assert row["rsum"] == [ranks_to_metrics(r)["rsum"] for r in ranks["grm"]]
     assert row["minus plain"] == paired_bootstrap_of_runs(ranks["grm"], ranks["plain"])["rsum"]._asdict()
@@ -100,9 +102,13 @@ def test_an_interrupted_comparison_goes_on(recipe, calls, monkeypatch, tmp_path)
     assert [call[1:-2] for call in resumed] == stopped
 
 
-def test_a_folder_of_other_settings_is_refused(recipe, calls):
+@pytest.mark.parametrize(
+    ("file", "old", "new"), [("compare.yaml", "max_mean", "chan"), ("base.yaml", "where", "where else")]
+)
+def test_a_folder_of_other_settings_is_refused(recipe, calls, file, old, new):
     compare.main([str(recipe)])
-    recipe.write_text(recipe.read_text().replace("max_mean", "chan"))
+    changed = recipe.parent / file
+    changed.write_text(changed.read_text().replace(old, new))
     with pytest.raises(ValueError, match=r"plain-seed0 holds a run of other settings .* Delete it, or change `output_dir`"):
         compare.main([str(recipe)])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from granalign_hf.training.arguments import parse_arguments
-from granalign_hf.training.compare import Comparison, table
+from granalign_hf.training.compare import Comparison, _words, published_rsum, table
 
 TRAINING = Path(__file__).parents[1] / "training"
 RESULTS = sorted(path.parent for path in TRAINING.glob("results/*/results.json"))
@@ -30,10 +30,9 @@ def test_every_run_of_a_comparison_is_accepted(path):
     recipe = Comparison.read(path)
     assert recipe.results_dir == f"training/results/{path.stem}"
     for settings in recipe.runs.values():
-        words = [recipe.base]
-        for field, value in settings.items():
-            words += [f"--{field}", *map(str, value if isinstance(value, list) else [value])]
-        fields = parse_arguments(words)[1]
+        fields = parse_arguments([recipe.base, *_words(settings)])[1]
         assert fields.items() >= {n: v for n, v in settings.items() if n in fields}.items()
+    if recipe.published is not None:
+        assert set(published_rsum(**recipe.published)) <= set(recipe.runs)
     if path.stem.startswith("sweep"):
         assert recipe.split == "validation"

@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 
 from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
+from granalign_hf.training.arguments import DataArguments
 from granalign_hf.training.plot import plot_comparison
 from granalign_hf.training.runtime import hardware
 
@@ -81,22 +82,27 @@ def finished_run(comparison: Comparison, name: str, seed: int) -> Path:
         ValueError: the folder holds a run of other settings.
     """
     folder = _folder(comparison, name, seed)
-    words = [comparison.base]
-    for field, value in {**comparison.runs[name], "seed": seed, "output_dir": str(folder)}.items():
-        words += [f"--{field}", *map(str, value if isinstance(value, list) else [value])]
+    own = {**comparison.runs[name], "seed": seed, "output_dir": str(folder)}
+    whole = {**yaml.safe_load(Path(comparison.base).read_text()), **own}
     settings = folder / "settings.json"
-    if settings.is_file() and json.loads(settings.read_text()) != words:
+    if settings.is_file() and json.loads(settings.read_text()) != whole:
         raise ValueError(f"{folder} holds a run of other settings ({settings}). Delete it, or change `output_dir`.")
     if not (folder / "complete").is_file():
         is_started = settings.is_file() and any(folder.glob("state/*/progress.json"))
         folder.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(words))
-        _run("train", [*words, *(["--resume", "true"] if is_started else [])])
+        settings.write_text(json.dumps(whole, indent=1))
+        _run("train", [comparison.base, *_words(own), *(["--resume", "true"] if is_started else [])])
         (folder / "complete").touch()
     if not (folder / f"ranks-{comparison.split}.npz").is_file():
-        dataset = yaml.safe_load(Path(comparison.base).read_text())["dataset"]
-        _run("evaluate", [str(folder), "--dataset", dataset, "--split", comparison.split])
+        of_data = {field.name: whole[field.name] for field in dataclasses.fields(DataArguments) if field.name in whole}
+        _run("evaluate", [str(folder), *_words({**of_data, "split": comparison.split})])
     return folder
+
+
+def _words(fields: dict) -> list[str]:
+    """Fields as they are typed on a command line."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+    return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
 
 
 def _folder(comparison: Comparison, name: str, seed: int) -> Path:
