@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor = load_checkpoint(checkpoint, parser)
     # Beside the metrics, so that an evaluation that was interrupted finds its finished blocks.
     work = output.with_name(f"{output.stem}-unfinished")
+    started = time.perf_counter()
     with scored_split(model.to(accelerator.device), processor, data, args.batch_size, work) as (scores, diagnostics):
         galleries = gallery_ranks(scores, data.caption_image_index, PROTOCOLS.get(args.protocol))
     result = {
@@ -73,6 +75,8 @@ def main(argv: list[str] | None = None) -> dict:
         "protocol": protocol_in_words(args, data),
         "num_images": len(data),
         "num_captions": len(data.caption_image_index),
+        "matmul_precision": args.matmul_precision,
+        "seconds": round(time.perf_counter() - started, 1),
         "date": datetime.date.today().isoformat(),
         "command": portable(shlex.join(["accelerate", "launch", "training/evaluate.py", *argv])),
         "metrics": mean_metrics(galleries),
