@@ -206,8 +206,8 @@ def test_evaluate_of_a_hub_id_writes_to_the_working_directory(trained, tmp_path,
     monkeypatch.setattr(evaluate.GranAlignProcessor, "from_pretrained", lambda name: load_processor(folder))
     monkeypatch.chdir(tmp_path)
     result = evaluate.main(["org/name", "--max_images", "4"])
-    assert json.loads((tmp_path / "metrics-test.json").read_text()) == result
-    assert (tmp_path / "ranks-test.npz").is_file()
+    assert json.loads((tmp_path / "metrics-test-first-4.json").read_text()) == result
+    assert (tmp_path / "ranks-test-first-4.npz").is_file()
     assert "org/name is no folder" in capsys.readouterr().out
 
 

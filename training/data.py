@@ -181,6 +181,10 @@ def _load_table(name: str, split: str, config: str | None, split_column: str | N
         tables = load_from_disk(name) if is_saved else load_dataset(name, config)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"The data set {name!r} is neither a folder nor on the Hub: {error}") from error
+    except RuntimeError as error:  # `datasets` 4 runs no loading scripts
+        raise ValueError(
+            f"The data set {name!r} cannot be loaded: {error} Name a copy in Parquet, or a folder of `save_to_disk`."
+        ) from error
     tables = dict(tables) if isinstance(tables, DatasetDict) else {"train": tables}
     rows_of = _rows_by_column(tables, name, split_column)
     parts = []
