@@ -281,19 +281,17 @@ def paired_bootstrap_of_runs(
     for method in (first, second):
         recalls = np.stack([_resampled_recalls([run], num_samples, seed) for run in method])
         chosen = rng.integers(len(method), size=(len(method), num_samples))
-        mean = recalls.mean(axis=0)
-        deviation = recalls[chosen, np.arange(num_samples)].mean(axis=0) - mean
-        drawn.append(mean + deviation * np.sqrt(len(method) / max(len(method) - 1, 1)))
+        deviation = recalls[chosen, np.arange(num_samples)].mean(axis=0) - recalls.mean(axis=0)
+        drawn.append(recalls.mean(axis=0) + deviation * np.sqrt(len(method) / max(len(method) - 1, 1)))
         means.append(_mean_recalls(list(method)))
     return _paired_differences(means[0] - means[1], drawn[0] - drawn[1], confidence)
 
 
 def _paired_differences(difference: np.ndarray, samples: np.ndarray, confidence: float) -> dict[str, PairedDifference]:
     """(7,) and its draws (num_samples, 7) -> the difference of each metric."""
-    num_samples = len(samples)
     low, high = quantiles(samples, confidence)
     one_sided = 1 + np.minimum((samples <= 0).sum(axis=0), (samples >= 0).sum(axis=0))
-    p_value = np.minimum(1.0, 2.0 * one_sided / (num_samples + 1))
+    p_value = np.minimum(1.0, 2.0 * one_sided / (len(samples) + 1))
     return {
         name: PairedDifference(float(difference[m]), float(low[m]), float(high[m]), float(p_value[m]))
         for m, name in enumerate((*RECALL_NAMES, "rsum"))

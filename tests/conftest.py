@@ -1,6 +1,6 @@
 """Shared by the numeric tests: random tokens of any shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -44,3 +44,12 @@ def _draw_tokens(
 @pytest.fixture
 def draw_tokens() -> Callable[..., dict[str, Tensor]]:
     return _draw_tokens
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was() -> Iterator[None]:
+    """A script sets the threads and the precision of the whole process; the next test shall not feel it."""
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)

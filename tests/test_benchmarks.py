@@ -75,7 +75,7 @@ SPEED = [  # the sentence with its figure in brackets, the section, its row, its
     (r"256 pairs: ([\d.]+) times faster than plain", "training", 2, "x naive autograd", 1),
     (r"autograd, in (\d+) MB", "training", 2, "ours MB", 1),
     (r"MB instead of ([\d,]+);", "training", 2, "naive MB", 1),
-    (r"at three levels: ([\d.]+) times the product", "gallery", 0, "in units of the product", 1),
+    (r"at three levels: ([\d.]+) times the product", "gallery", 0, "in units of the oneDNN product", 1),
     (r"product alone, (\d+) MB above", "gallery", 0, "MB", 1),
 ]
 
@@ -85,6 +85,22 @@ def test_the_readme_tells_what_was_measured(sentence, section, row, column, fact
     value = factor * json.loads((BENCHMARKS / "similarity.json").read_text())[section]["rows"][row][column]
     (told,) = re.findall(sentence, " ".join((BENCHMARKS.parents[1] / "README.md").read_text().split()))
     assert told == f"{value:,.{len(told.partition('.')[2])}f}"
+
+
+def test_the_readme_tells_what_the_product_contributes():
+    rows = json.loads((BENCHMARKS / "similarity.json").read_text())["one_level"]["rows"]
+    gains = [row["share of torch.mm"] / row["share of oneDNN product"] for row in rows]
+    readme = " ".join((BENCHMARKS.parents[1] / "README.md").read_text().split())
+    assert f"takes {min(gains):.1f} to {max(gains):.1f} times as long as oneDNN's kernel" in readme
+
+
+def test_the_readme_tells_the_effect_of_the_precision():
+    root = BENCHMARKS.parents[1]
+    folder, readme = root / "training" / "results" / "matmul-precision", " ".join((root / "README.md").read_text().split())
+    medium, highest = (json.loads((folder / f"{name}.json").read_text()) for name in ("medium", "highest"))
+    told = [f"rSum {medium['metrics']['rsum']:.1f} in {medium['seconds']:.0f} s, `highest` gives "]
+    told += [f"{highest['metrics']['rsum']:.1f} in {highest['seconds']:.0f} s"]
+    assert "".join(told) in readme
 
 
 def test_the_page_is_that_of_the_committed_figures(peers, monkeypatch):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import bootstrap_interval
@@ -29,10 +30,12 @@ from granalign_hf.training.arguments import (
     setting,
 )
 from granalign_hf.training.data import CaptionedImages, load_split
+from granalign_hf.training.leaks import find_leaks, leak_warning
 from granalign_hf.training.protocols import PROTOCOLS, gallery_ranks, mean_metrics, save_ranks
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import scored_split
 
+logger = get_logger(__name__)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -69,12 +72,14 @@ def main(argv: list[str] | None = None) -> dict:
     started = time.perf_counter()
     with scored_split(model.to(accelerator.device), processor, data, args.batch_size, work) as (scores, diagnostics):
         galleries = gallery_ranks(scores, data.caption_image_index, PROTOCOLS.get(args.protocol))
+    leaks = find_leaks(data, folder) if accelerator.is_main_process else []
     result = {
         "dataset": Path(args.dataset).name,
         "split": args.split,
         "protocol": protocol_in_words(args, data),
         "num_images": len(data),
         "num_captions": len(data.caption_image_index),
+        "num_images_trained_on": len(leaks),
         "matmul_precision": args.matmul_precision,
         "seconds": round(time.perf_counter() - started, 1),
         "date": datetime.date.today().isoformat(),
@@ -91,6 +96,8 @@ def main(argv: list[str] | None = None) -> dict:
         if args.max_images is None and (folder / "metrics.json").is_file():
             write_model_card(folder)
         print(table(result, args.protocol))
+        if leaks:
+            logger.warning(leak_warning(leaks, len(data)))
         print(f"written to {output}, the rank of every query to {ranks.name} beside it")
     accelerator.end_training()
     return result

@@ -29,6 +29,7 @@ from granalign_hf.training.arguments import RunArguments, parse_arguments
 from granalign_hf.training.build import build
 from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
+from granalign_hf.training.leaks import save_training_images
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
@@ -100,6 +101,9 @@ def main(argv: list[str] | None = None) -> dict:
         save_state(accelerator, output, state)
     accelerator.end_training()
     if accelerator.is_main_process:
+        # Last, since no other process waits for it.
+        if run.dataset != "scenes":
+            save_training_images(training.train_data, output)
         print(f"best epoch {state['best_epoch']}: checkpoint and metrics in {output}")
     return state
 

@@ -298,7 +298,7 @@ def main() -> None:
             "rows": rows,
         }
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text(page(result))
+        args.output.with_suffix(".md").write_text(page(json.loads(args.output.read_text())))
         print(f"\n{name}\n{markdown(rows)}", flush=True)
 
 
