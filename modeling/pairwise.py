@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .product import all_products
 
-DEFAULT_BUDGET = {True: 2**24, False: 2**28}  # bytes of a tile, on a CPU or not: there few launches matter, not caches
+CPU_BUDGET, DEVICE_BUDGET = 2**24, 2**28  # bytes of a tile: caches matter on a CPU, few launches elsewhere
 SPARSE_SHARE = 1 / 8  # below this share of pairs with a gradient, each image meets only the captions that need it
 GRAPH_TILES = 4  # the graph of a tile keeps several tensors of its size, so tiles of the backward pass are smaller
 
@@ -96,7 +96,7 @@ def _score_outside_graphs(
 ) -> Tensor:
     if patch_mask is not None and patch_mask.all():
         patch_mask = None
-    budget = memory_budget or DEFAULT_BUDGET[word_mask.device.type == "cpu"]
+    budget = memory_budget or (CPU_BUDGET if word_mask.device.type == "cpu" else DEVICE_BUDGET)
 
     def by_tiles(rule: Rule, layout: _Layout, tokens: Tokens) -> Tensor:
         return _AllPairs.apply(rule, layout, budget, *tokens)

@@ -128,7 +128,10 @@ def hard_alignment(
     """
     if temperature <= 0:
         raise ValueError(f"`temperature` of the hard alignment must be greater than 0, got {temperature}.")
-    rules = {"mean": _mean_of_best_patch, "logsumexp": _logsumexp_of_best_patch(temperature)}
+    rules: dict[str, Rule] = {
+        "mean": _mean_of_best_patch,
+        "logsumexp": functools.partial(_logsumexp_of_best_patch, temperature=temperature),
+    }
     if pooling not in rules:
         raise ValueError(f"`pooling` of the hard alignment must be one of {sorted(rules)}, got {pooling!r}.")
     _check(patch_embeds, word_embeds, word_mask, patch_mask)
@@ -147,9 +150,9 @@ def cross_attention(
 ) -> Tensor:
     """SCAN's stacked cross-attention (ECCV 2018): each query attends over all contexts; mean cosine of the two.
 
-    Attention: leaky ReLU (0.1) of <query, context>, L2-normalised over the queries, softmax over the contexts. The attended
-    context c = sum_j a_j x_j is never built: <q, c> = sum_j a_j <q, x_j> and |c|^2 = a' G a with the Gram matrix G of the
-    contexts, or for few words from c itself, whichever is smaller.
+    Attention: leaky ReLU (0.1) of <query, context>, L2-normalised over the queries, softmax over the contexts. Of the
+    attended context c = sum_j a_j x_j only two numbers are needed: <q, c> = sum_j a_j <q, x_j>, and |c|^2 = a' G a with the
+    Gram matrix G of the contexts. For few words c itself is smaller than G, and is built instead.
 
     Args as in [`level_similarities`]. `direction`: `"t2i"` (words attend over patches, inverse temperature 9) or `"i2t"`
     (patches attend over words, 4).
@@ -201,13 +204,10 @@ def _mean_of_best_patch(tile: Tile) -> list[Tensor]:
     return [tile.over_words(torch.sum, tile.products.amax(2) * tile.word_weights)]
 
 
-def _logsumexp_of_best_patch(temperature: float) -> Rule:
-    def rule(tile: Tile) -> list[Tensor]:
-        best_patch = tile.products.amax(2).to(tile.word_weights.dtype)
-        logits = (best_patch / temperature).masked_fill(tile.word_weights == 0, -torch.inf)
-        return [temperature * tile.over_words(torch.logsumexp, logits)]
-
-    return rule
+def _logsumexp_of_best_patch(tile: Tile, temperature: float) -> list[Tensor]:
+    best_patch = tile.products.amax(2).to(tile.word_weights.dtype)
+    logits = (best_patch / temperature).masked_fill(tile.word_weights == 0, -torch.inf)
+    return [temperature * tile.over_words(torch.logsumexp, logits)]
 
 
 def _words_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:

@@ -17,12 +17,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
 from granalign_hf.training.arguments import DataArguments
 from granalign_hf.training.plot import plot_comparison
+from granalign_hf.training.protocols import read_ranks
 from granalign_hf.training.runtime import hardware
 
 COLUMNS = ("rsum", "image_to_text_r1", "text_to_image_r1")
@@ -111,12 +111,6 @@ def _folder(comparison: Comparison, name: str, seed: int) -> Path:
 
 def _run(script: str, words: list[str]) -> None:
     subprocess.run([sys.executable, "-m", f"granalign_hf.training.{script}", *words], check=True)
-
-
-def read_ranks(path: Path) -> RetrievalRanks:
-    """The ranks that train.py and evaluate.py keep beside their metrics."""
-    with np.load(path) as arrays:
-        return RetrievalRanks(**arrays)
 
 
 def write_results(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], command: str) -> None:

@@ -67,12 +67,12 @@ def main(argv: list[str] | None = None) -> dict:
     set_up_torch(args.matmul_precision, accelerator.num_processes)
     data = load_data(args, parser)
     model, processor = load_checkpoint(checkpoint, parser)
+    leaks = find_leaks(data, folder) if accelerator.is_main_process else []  # first: a broken record costs no evaluation
     # Beside the metrics, so that an evaluation that was interrupted finds its finished blocks.
     work = output.with_name(f"{output.stem}-unfinished")
     started = time.perf_counter()
     with scored_split(model.to(accelerator.device), processor, data, args.batch_size, work) as (scores, diagnostics):
         galleries = gallery_ranks(scores, data.caption_image_index, PROTOCOLS.get(args.protocol))
-    leaks = find_leaks(data, folder) if accelerator.is_main_process else []
     result = {
         "dataset": Path(args.dataset).name,
         "split": args.split,

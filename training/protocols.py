@@ -75,3 +75,9 @@ def save_ranks(path: Path, galleries: Sequence[RetrievalRanks]) -> None:
         suffix = f"_{number}" if len(galleries) > 1 else ""
         arrays |= {f"{name}{suffix}": values for name, values in dataclasses.asdict(ranks).items()}
     np.savez(path, **arrays)
+
+
+def read_ranks(path: Path) -> RetrievalRanks:
+    """What [`save_ranks`] wrote of one gallery."""
+    with np.load(path) as arrays:
+        return RetrievalRanks(**arrays)
