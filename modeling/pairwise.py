@@ -153,12 +153,8 @@ class _Group(NamedTuple):
     num_words: int  # L, the longest of them
 
 
-def _blocks(lengths_of_captions: Tensor, captions: Tensor, max_words: int) -> Iterator[list[_Group]]:
-    """Cuts captions (numbers) into groups of nearly equal length, and those into blocks of words.
-
-    Few launches matter more than few repeated words on a GPU, so groups are coarser there.
-    """
-    spread = 1 if captions.device.type == "cpu" else 4
+def _blocks(lengths_of_captions: Tensor, captions: Tensor, max_words: int, spread: int) -> Iterator[list[_Group]]:
+    """Cuts captions (numbers) into groups whose lengths differ by `spread` at most, and those into blocks of words."""
     captions = captions[lengths_of_captions[captions].argsort(stable=True)]
     lengths = lengths_of_captions[captions].tolist()
     block: list[_Group] = []
@@ -237,14 +233,15 @@ class _AllPairs(torch.autograd.Function):
         captions = torch.arange(len(layout.lengths), device=layout.lengths.device)
         scores, order = [], []
         square = math.isqrt(columns * num_patches)  # a product of a square tile is faster than that of a long one
-        for block in _blocks(layout.lengths, captions, min(square, columns)):
+        spread = 1 if captions.device.type == "cpu" else 4  # few launches matter more than few repeated words on a GPU
+        for block in _blocks(layout.lengths, captions, min(square, columns), spread):
             packed, _ = _pack(tokens, layout, block)
             tiles = _slices(num_images, max(columns // len(packed.word_embeds), 1))
             parts = [_score_tile(rule, layout, block, images, _of_images(packed, images)) for images in tiles]
             scores.append(torch.cat(parts, dim=1))
             order += [group.captions for group in block]
         ctx.save_for_backward(*tokens)
-        ctx.rule, ctx.layout, ctx.columns = rule, layout, columns
+        ctx.rule, ctx.layout, ctx.columns, ctx.spread = rule, layout, columns, spread
         return torch.cat(scores, dim=2)[..., torch.cat(order).argsort()]
 
     @staticmethod
@@ -257,10 +254,11 @@ class _AllPairs(torch.autograd.Function):
             for name, t in tokens._asdict().items()
             if t is not None and is_wanted[name]
         }
-        columns = max(ctx.columns // GRAPH_TILES, 1)
+        columns, spread = max(ctx.columns // GRAPH_TILES, 1), ctx.spread
         has_grad = (grad != 0).any(0)
         if has_grad.sum() < SPARSE_SHARE * has_grad.numel():
             images_per_tile = 1 if grad.device.type == "cpu" else 16
+            spread = layout.word_index.shape[1]  # one group: a few repeated words cost less than launches
         else:
             images_per_tile = max(columns // int(layout.lengths.sum()), 1)
         wanted = has_grad.any(1).nonzero()[:, 0]  # none without patches: NaN there would reach the words
@@ -268,7 +266,7 @@ class _AllPairs(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             for images in tiles:
                 captions = has_grad[images].any(0).nonzero()[:, 0]
-                for block in _blocks(layout.lengths, captions, max(columns // images_per_tile, 1)):
+                for block in _blocks(layout.lengths, captions, max(columns // images_per_tile, 1), spread):
                     _add_tile_grads(ctx.rule, layout, block, images, tokens, grad, totals)
         by_input = (totals[n].to(t.dtype) if n in totals else None for n, t in tokens._asdict().items())
         return (None, None, None, *by_input)

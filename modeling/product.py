@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-MIN_SIZE = 2**24  # multiplications; below, the conversions of oneDNN cost more than they save
+MIN_SIZE = 2**27  # multiplications; below, the conversions of oneDNN cost more than they save, in a graph above all
 
 
 def all_products(words: Tensor, patches: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The comparison of several runs: what it trains, what it skips, and the figures that it writes."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def calls(monkeypatch):
     """Stands in for the two scripts: notes how they are called and leaves the files that they leave."""
     calls = []
 
-    def run(script, words):
+    def run(script, words, folder, cores):
         calls.append([script, *words])
         if script == "train":
             folder = Path(words[words.index("--output_dir") + 1])
@@ -84,14 +85,14 @@ def test_a_comparison_trains_each_run_with_each_seed_once(recipe, calls, tmp_pat
 def test_an_interrupted_comparison_goes_on(recipe, calls, monkeypatch, tmp_path):
     run, stopped = compare._run, []
 
-    def interrupted(script, words):
+    def interrupted(script, words, folder, cores):
         if script == "train" and "grm-seed0" in words[-1] and not stopped:
             folder = Path(words[words.index("--output_dir") + 1])
             (folder / "state" / "epoch-1").mkdir(parents=True)
             (folder / "state" / "epoch-1" / "progress.json").touch()
             stopped.append(words)
             raise KeyboardInterrupt
-        run(script, words)
+        run(script, words, folder, cores)
 
     monkeypatch.setattr(compare, "_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -170,3 +171,51 @@ def test_published_figures_are_whole():
         assert max(rsum, key=rsum.get) == "GRM"
         if protocol == "coco-5k":
             assert all(value < tables["coco-1k-5fold", backbone][name] for name, value in rsum.items())
+
+
+def test_jobs_run_side_by_side_on_their_own_cores(recipe, monkeypatch, tmp_path):
+    """Real processes: each notes its cores and waits until the other one runs too."""
+    cores = compare.available_cores()
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "time.sleep(0.5)\n"  # it is pinned right after its start
+        "(folder / 'cores').write_text(' '.join(map(str, sorted(os.sched_getaffinity(0)))))\n"
+        "others = [folder.with_name(f'{name}-seed0') / 'cores' for name in ('plain', 'grm')]\n"
+        "while not all(other.is_file() for other in others): time.sleep(0.01)\n"
+        "print('words', *sys.argv[1:])\n"
+    )
+    real_popen = compare.subprocess.Popen
+
+    def popen(command, **options):
+        return real_popen([sys.executable, str(script), *command[3:]], **options)
+
+    def after(script_name, words, folder, cores):
+        run(script_name, [*words, str(folder)], folder, cores)
+        (folder / "metrics.json").write_text(json.dumps({"hours": 0.25, "diagnostics": {}}))
+        np.savez(folder / "ranks-test.npz", **vars(draw_ranks(0)))
+
+    run = compare._run
+    monkeypatch.setattr(compare, "_run", after)
+    monkeypatch.setattr(compare.subprocess, "Popen", popen)
+    compare.main([str(recipe), "--jobs", "2"])
+    used = [(tmp_path / "runs" / f"{name}-seed0" / "cores").read_text().split() for name in ("plain", "grm")]
+    assert all(used) and not {*used[0]} & {*used[1]}
+    assert (tmp_path / "runs" / "grm-seed1" / "train.log").read_text().startswith("words")
+
+
+def test_a_failed_run_is_reported_with_its_log(recipe, tmp_path):
+    with pytest.raises(compare.subprocess.CalledProcessError) as caught:
+        compare.main([str(recipe), "--jobs", "2"])
+    assert "train.log" in caught.value.output
+    assert "error" in Path(caught.value.output.removeprefix("see ")).read_text()
+
+
+@pytest.mark.parametrize("jobs", ["0", "1000000"])
+def test_a_bad_number_of_jobs_is_refused(recipe, jobs, capsys):
+    with pytest.raises(SystemExit):
+        compare.main([str(recipe), "--jobs", jobs])
+    assert "--jobs must lie in 1.." in capsys.readouterr().err

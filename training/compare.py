@@ -1,21 +1,26 @@
 """Trains aligners and ablations with several seeds under one budget, and writes what the differences are worth.
 
-    python training/compare.py training/recipes/compare-flickr8k-frozen.yaml
+    python training/compare.py training/recipes/compare-flickr8k-frozen.yaml [--jobs 2]
 
 Each run is a call of train.py (and of evaluate.py, where the split is not the one that selects the epoch) in a folder of its
-own. Started again, it skips what is finished and resumes what was interrupted.
+own. Started again, it skips what is finished and resumes what was interrupted. Several jobs share the cores and write what
+they show to `train.log` and `evaluate.log` in the folders of their runs: small models gain by it.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import yaml
 
@@ -23,7 +28,7 @@ from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_boo
 from granalign_hf.training.arguments import DataArguments
 from granalign_hf.training.plot import plot_comparison
 from granalign_hf.training.protocols import read_ranks
-from granalign_hf.training.runtime import hardware
+from granalign_hf.training.runtime import available_cores, hardware, pin
 
 COLUMNS = ("rsum", "image_to_text_r1", "text_to_image_r1")
 
@@ -60,23 +65,46 @@ class Comparison:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or not Path(argv[0]).is_file():
-        raise SystemExit("usage: python training/compare.py RECIPE.yaml (training/recipes/compare-*.yaml)")
-    comparison = Comparison.read(Path(argv[0]))
+    parser = argparse.ArgumentParser(description="Trains and compares the runs of a recipe (training/recipes/compare-*.yaml).")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time; each has its share of the cores.")
+    arguments = parser.parse_args(argv)
+    cores = available_cores()
+    if not arguments.recipe.is_file():
+        parser.error(f"the recipe {arguments.recipe} does not exist")
+    if not 1 <= arguments.jobs <= len(cores):
+        parser.error(f"--jobs must lie in 1..{len(cores)}, the number of cores, got {arguments.jobs}")
+    comparison = Comparison.read(arguments.recipe)
     ranks: dict[str, list[RetrievalRanks]] = {name: [] for name in comparison.runs}
+    free: SimpleQueue[list[int]] = SimpleQueue()
+    for job in range(arguments.jobs):
+        free.put(cores[job :: arguments.jobs])
+
+    def finish(run: tuple[int, str]) -> Path:
+        share = free.get()
+        try:
+            return finished_run(comparison, run[1], run[0], None if arguments.jobs == 1 else share)
+        finally:
+            free.put(share)
+
     # Seed by seed, so that an interrupted comparison has all runs of its first seeds.
-    for seed in comparison.seeds:
-        for name in comparison.runs:
-            print(f"--- {name}, seed {seed}", flush=True)
-            ranks[name].append(read_ranks(finished_run(comparison, name, seed) / f"ranks-{comparison.split}.npz"))
-            write_results(comparison, {n: r for n, r in ranks.items() if r}, f"python training/compare.py {argv[0]}")
+    runs = [(seed, name) for seed in comparison.seeds for name in comparison.runs]
+    executor = ThreadPoolExecutor(arguments.jobs)
+    try:
+        for (seed, name), folder in zip(runs, executor.map(finish, runs), strict=True):
+            print(f"--- {name}, seed {seed}: done", flush=True)
+            ranks[name].append(read_ranks(folder / f"ranks-{comparison.split}.npz"))
+            command = f"python training/compare.py {arguments.recipe}"
+            command += f" --jobs {arguments.jobs}" if arguments.jobs > 1 else ""
+            write_results(comparison, {n: r for n, r in ranks.items() if r}, command)
+    finally:
+        executor.shutdown(cancel_futures=True)
     print((Path(comparison.results_dir) / "table.md").read_text())
     return json.loads((Path(comparison.results_dir) / "results.json").read_text())
 
 
-def finished_run(comparison: Comparison, name: str, seed: int) -> Path:
-    """The folder of a run; trains, resumes or evaluates what is not there yet.
+def finished_run(comparison: Comparison, name: str, seed: int, cores: list[int] | None = None) -> Path:
+    """The folder of a run; trains, resumes or evaluates what is not there yet, on some of the cores if they are named.
 
     Raises:
         ValueError: the folder holds a run of other settings.
@@ -91,11 +119,11 @@ def finished_run(comparison: Comparison, name: str, seed: int) -> Path:
         is_started = settings.is_file() and any(folder.glob("state/*/progress.json"))
         folder.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps(whole, indent=1))
-        _run("train", [comparison.base, *_words(own), *(["--resume", "true"] if is_started else [])])
+        _run("train", [comparison.base, *_words(own), *(["--resume", "true"] if is_started else [])], folder, cores)
         (folder / "complete").touch()
     if not (folder / f"ranks-{comparison.split}.npz").is_file():
         of_data = {field.name: whole[field.name] for field in dataclasses.fields(DataArguments) if field.name in whole}
-        _run("evaluate", [str(folder), *_words({**of_data, "split": comparison.split})])
+        _run("evaluate", [str(folder), *_words({**of_data, "split": comparison.split})], folder, cores)
     return folder
 
 
@@ -109,8 +137,21 @@ def _folder(comparison: Comparison, name: str, seed: int) -> Path:
     return Path(comparison.output_dir) / f"{name}-seed{seed}"
 
 
-def _run(script: str, words: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", f"granalign_hf.training.{script}", *words], check=True)
+def _run(script: str, words: list[str], folder: Path, cores: list[int] | None) -> None:
+    """A script as a process of its own; on its share of the cores its output goes to a file.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    command = [sys.executable, "-m", f"granalign_hf.training.{script}", *words]
+    if cores is None:
+        subprocess.run(command, check=True)
+        return
+    with (folder / f"{script}.log").open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        pin(process.pid, cores)
+        if process.wait() != 0:
+            raise subprocess.CalledProcessError(process.returncode, command, output=f"see {log.name}")
 
 
 def write_results(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], command: str) -> None:

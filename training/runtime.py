@@ -18,7 +18,20 @@ def set_up_torch(matmul_precision: str, num_processes: int = 1) -> None:
     """
     torch.set_float32_matmul_precision(matmul_precision)
     if not torch.cuda.is_available():
-        torch.set_num_threads(max((os.cpu_count() or 1) // num_processes, 1))
+        torch.set_num_threads(max(len(available_cores()) // num_processes, 1))
+
+
+def available_cores() -> list[int]:
+    """Numbers of the cores that this process may use: those that it was pinned to, where the system can pin."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def pin(process: int, cores: list[int]) -> None:
+    """Keeps a process (its id) to some cores, where the system can; right after its start, so that its threads follow."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process, cores)
 
 
 def portable(command: str) -> str:
@@ -30,4 +43,4 @@ def hardware() -> str:
     """In words, for the record of a run."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{len(available_cores())} CPU cores ({platform.machine()})"
