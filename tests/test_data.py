@@ -8,7 +8,14 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from granalign_hf.training.build import word_tokenizer
-from granalign_hf.training.data import TrainingImages, _image_ids, augment_caption, load_split, random_resized_crop
+from granalign_hf.training.data import (
+    TrainingImages,
+    _image_ids,
+    augment_caption,
+    load_split,
+    noisy_order,
+    random_resized_crop,
+)
 
 
 def png(colour: tuple[int, int, int], size=(8, 6)) -> dict:
@@ -198,6 +205,21 @@ def test_augmentation_never_empties_a_caption():
 
 
 # ------------------------------------------------------------------------------------ the usual copies of the data sets
+
+
+@pytest.mark.parametrize("share", [0, 0.2, 1])
+def test_a_share_of_the_captions_changes_places(share):
+    order = noisy_order(1000, share, seed=3)
+    assert sorted(order) == list(range(1000)) and (order != np.arange(1000)).sum() == 1000 * share
+    assert (order == noisy_order(1000, share, seed=3)).all()
+    assert share in (0, 1) or (order != noisy_order(1000, share, seed=4)).any()
+
+
+def test_reordered_captions_keep_the_number_of_each_image(tmp_path):
+    columns = {"image": [RED, BLUE], "captions": [["a", "b", "c"], ["d"]]}
+    data = load_split(save(tmp_path, columns, {"image": Image(), "captions": List(Value("string"))}), "train")
+    assert data.reordered(np.array([3, 1, 0, 2])).captions == [["d", "b", "a"], ["c"]]
+    assert data.captions == [["a", "b", "c"], ["d"]]
 
 
 def test_flickr30k_of_the_hub(tmp_path):

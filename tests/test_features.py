@@ -45,8 +45,12 @@ def test_scores_are_those_from_pixels(data, vision, tmp_path):
     with scored_split(model, processor, data, 2, tmp_path / "from pixels") as (scores, _):
         from_pixels = scores.copy()
     np.testing.assert_allclose(from_features, from_pixels, atol=2e-3)
-    batch = features.FeatureCollator(stored)([features.FeatureImages(stored, 1, seed=0)[n] for n in (2, 0)])
+    order = np.arange(len(data.all_captions))
+    images = features.FeatureImages(stored, 1, seed=0, caption_order=order)
+    batch = features.FeatureCollator(stored)([images[n] for n in (2, 0)])
     assert torch.isfinite(model(**batch, return_loss=True).loss)
+    reversed_images = features.FeatureImages(stored, 0, seed=0, caption_order=order[::-1])
+    assert reversed_images[0]["captions"].tolist() == order[::-1][: len(data.captions[0])].tolist()
 
 
 def test_another_picture_column_or_rule_is_another_cache(data, tmp_path, monkeypatch):

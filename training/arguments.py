@@ -130,6 +130,8 @@ class RunArguments(DataArguments):
     crop_scale: float = setting(0.6, "Smallest share of an image that a random crop keeps; 1 switches crop and flip off.")
     caption_augmentation: float = setting(0.2, "Share of the caption tokens that are masked, replaced or deleted.")
 
+    caption_noise: float = setting(0.0, "Share of the training captions that change places, to see what wrong pairs do.")
+
     mixed_precision: str = setting("no", "`no`, `bf16` or `fp16`.")
     matmul_precision: str = setting("highest", "float32 products: `highest`, `high` or `medium` (see torch).")
     num_workers: int = setting(0, "Processes that load data.")
@@ -252,7 +254,7 @@ def _problems(run: RunArguments) -> list[str]:
     problems += range_problems(run, not_negative, "must be at least 0", lambda value: 0 <= value < math.inf)
     positive = ("learning_rate", "lr_gamma", "max_grad_norm")
     problems += range_problems(run, positive, "must be greater than 0 and finite", lambda value: 0 < value < math.inf)
-    problems += range_problems(run, ["lr_warmup_share"], "must lie in [0, 1]", lambda value: 0 <= value <= 1)
+    problems += range_problems(run, ["lr_warmup_share", "caption_noise"], "must lie in [0, 1]", lambda value: 0 <= value <= 1)
     problems += range_problems(run, ["crop_scale"], "must lie in (0, 1]", lambda value: 0 < value <= 1)
     problems += range_problems(run, ["caption_augmentation"], "must lie in [0, 1)", lambda value: 0 <= value < 1)
     if run.freeze_encoders and (run.crop_scale != 1 or run.caption_augmentation != 0):

@@ -55,6 +55,13 @@ class CaptionedImages:
             self.table, self.image_column, self.rows[:limit], self.image_ids[:limit], self.captions[:limit]
         )
 
+    def reordered(self, order: np.ndarray) -> CaptionedImages:
+        """The images with other captions: place p of [`all_captions`] gets what stands in place `order[p]`."""
+        moved = np.array(self.all_captions, dtype=object)[order]
+        ends = np.cumsum([len(captions) for captions in self.captions])
+        captions = [list(part) for part in np.split(moved, ends[:-1])]
+        return CaptionedImages(self.table, self.image_column, self.rows, self.image_ids, captions)
+
     @property
     def all_captions(self) -> list[str]:
         """The captions of every image, one after the other."""
@@ -270,6 +277,14 @@ class TrainingImages(torch.utils.data.Dataset):
 def draw_captions(rng: np.random.Generator, captions: list[str], count: int) -> np.ndarray:
     """Positions of `count` different captions (all of them for 0 or too few)."""
     return rng.permutation(len(captions))[: count or None]
+
+
+def noisy_order(num_captions: int, share: float, seed: int) -> np.ndarray:
+    """An order of captions in which a share of them, drawn at random, have changed places with each other."""
+    order = np.arange(num_captions)
+    moved = np.random.default_rng(seed).permutation(num_captions)[: round(share * num_captions)]
+    order[moved] = np.roll(moved, 1)
+    return order
 
 
 def random_resized_crop(rng: np.random.Generator, image: PILImage.Image, min_scale: float) -> PILImage.Image:

@@ -158,10 +158,14 @@ def _to_half(hidden: Tensor, names: list[str]) -> np.ndarray:
 
 
 class FeatureImages(torch.utils.data.Dataset):
-    """The images of [`TokenFeatures`], each with some of its captions; stands in for `TrainingImages`."""
+    """The images of [`TokenFeatures`], each with some of its captions; stands in for `TrainingImages`.
 
-    def __init__(self, features: TokenFeatures, captions_per_image: int, seed: int):
+    `caption_order`: place p of all captions gets the one in place `caption_order[p]` (see `noisy_order`).
+    """
+
+    def __init__(self, features: TokenFeatures, captions_per_image: int, seed: int, caption_order: np.ndarray):
         self.features, self.captions_per_image, self.seed = features, captions_per_image, seed
+        self.caption_order = caption_order
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -170,7 +174,7 @@ class FeatureImages(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> dict:
         rng = np.random.default_rng((self.seed, self.epoch, number))
         chosen = draw_captions(rng, self.features.data.captions[number], self.captions_per_image)
-        return {"number": number, "captions": self.features.first_caption[number] + np.sort(chosen)}
+        return {"number": number, "captions": self.caption_order[self.features.first_caption[number] + np.sort(chosen)]}
 
 
 @dataclass

@@ -27,7 +27,7 @@ from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments, parse_arguments
 from granalign_hf.training.build import build
-from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split
+from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split, noisy_order
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.leaks import save_training_images
 from granalign_hf.training.plot import plot_history
@@ -125,6 +125,7 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     if accelerator.is_main_process:
         processor.warn_of_truncation(train_data.all_captions + val_data.all_captions)
     val_features = None
+    caption_order = noisy_order(len(train_data.all_captions), run.caption_noise, run.seed)
     images: TrainingImages | FeatureImages
     collate: Collator | FeatureCollator
     if run.freeze_encoders:
@@ -135,10 +136,10 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         with accelerator.main_process_first():
             train_features = token_features(model, processor, train_data, cache, run.eval_batch_size, is_quiet)
             val_features = token_features(model, processor, val_data, cache, run.eval_batch_size, is_quiet)
-        images = FeatureImages(train_features, run.captions_per_image, run.seed)
+        images = FeatureImages(train_features, run.captions_per_image, run.seed, caption_order)
         collate = FeatureCollator(train_features)
     else:
-        images = TrainingImages(train_data, run.captions_per_image, run.crop_scale, run.seed)
+        images = TrainingImages(train_data.reordered(caption_order), run.captions_per_image, run.crop_scale, run.seed)
         collate = Collator(processor, run.caption_augmentation)
 
     # Order, optimiser, schedule
