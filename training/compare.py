@@ -109,7 +109,7 @@ def finished_run(comparison: Comparison, name: str, seed: int, cores: list[int] 
     Raises:
         ValueError: the folder holds a run of other settings.
     """
-    folder = _folder(comparison, name, seed)
+    folder = run_folder(comparison, name, seed)
     own = {**comparison.runs[name], "seed": seed, "output_dir": str(folder)}
     whole = {**yaml.safe_load(Path(comparison.base).read_text()), **own}
     settings = folder / "settings.json"
@@ -133,7 +133,8 @@ def _words(fields: dict) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
 
 
-def _folder(comparison: Comparison, name: str, seed: int) -> Path:
+def run_folder(comparison: Comparison, name: str, seed: int) -> Path:
+    """Where a run has its checkpoint, whether it is there or not."""
     return Path(comparison.output_dir) / f"{name}-seed{seed}"
 
 
@@ -176,7 +177,7 @@ def _row(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], name: s
     metrics = [ranks_to_metrics(r) for r in ranks[name]]
     row: dict = {"settings": comparison.runs[name], **{c: [m[c] for m in metrics] for c in COLUMNS}}
     records = [
-        json.loads((_folder(comparison, name, seed) / "metrics.json").read_text())
+        json.loads((run_folder(comparison, name, seed) / "metrics.json").read_text())
         for seed in comparison.seeds[: len(metrics)]
     ]
     row["hours"] = [record["hours"] for record in records]
@@ -218,7 +219,12 @@ def table(rows: dict[str, dict], baselines: list[str], diagnostics: list[str]) -
             lines[-1].append("-" if difference is None else _difference(PairedDifference(**difference)))
         lines[-1] += [f"{row['diagnostics'][d]:.3f}" if d in row["diagnostics"] else "-" for d in diagnostics]
         lines[-1] += [str(row.get("published", "-"))] * has_published
-    lines.insert(1, ["---"] * len(head))
+    return markdown_table(lines)
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Rows of cells, the first of which is the head."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

@@ -122,6 +122,12 @@ def load_split(
     return CaptionedImages(table, image_column, list(rows), list(images), list(grouped))
 
 
+def drawn_scenes(num_scenes: int, seed: int, num_distractors: int) -> CaptionedImages:
+    """Scenes of a seed (see `scene_dataset`), each with the same number of objects that no caption names."""
+    table = scene_dataset(num_scenes, seed, num_distractors)
+    return CaptionedImages(table, "image", list(range(num_scenes)), list(table["image_id"]), list(table["captions"]))
+
+
 def _image_column(table: Dataset, name: str, column: str | None) -> str:
     column = column or next((n for n, kind in table.features.items() if isinstance(kind, Image)), None)
     column = _existing("image", column, name, table)

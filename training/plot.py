@@ -1,4 +1,4 @@
-"""Draws a run (loss and validation rSum by epoch) and a comparison of runs."""
+"""Draws a run (loss and validation rSum by epoch), a comparison of runs, and what they do as a condition changes."""
 
 from __future__ import annotations
 
@@ -38,4 +38,25 @@ def plot_comparison(values: dict[str, list[float]], path: Path) -> None:
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=110)
+
+
+def plot_curves(
+    condition: str, values: list[float], measures: dict[str, str], runs: dict[str, dict[str, list[list[float]]]], path: Path
+) -> None:
+    """Writes a panel a measure (name -> title): a line a run through the means over seeds, with the seeds' range as a band.
+
+    Args:
+        runs: run -> measure -> for each of the `values` of the condition, one figure a seed.
+    """
+    figure = Figure(figsize=(4.2 * len(measures), 3.2), layout="constrained")
+    for axis, (measure, title) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True):
+        for name, of_run in runs.items():
+            figures = of_run[measure]
+            (line,) = axis.plot(values, [statistics.mean(seeds) for seeds in figures], marker=".", label=name)
+            axis.fill_between(values, [min(s) for s in figures], [max(s) for s in figures], color=line.get_color(), alpha=0.15)
+        axis.set(xlabel=condition, ylabel=title)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
