@@ -254,7 +254,8 @@ def _problems(run: RunArguments) -> list[str]:
     problems += range_problems(run, not_negative, "must be at least 0", lambda value: 0 <= value < math.inf)
     positive = ("learning_rate", "lr_gamma", "max_grad_norm")
     problems += range_problems(run, positive, "must be greater than 0 and finite", lambda value: 0 < value < math.inf)
-    problems += range_problems(run, ["lr_warmup_share", "caption_noise"], "must lie in [0, 1]", lambda value: 0 <= value <= 1)
+    shares = ["lr_warmup_share", "caption_noise"]
+    problems += range_problems(run, shares, "must lie in [0, 1]", lambda value: 0 <= value <= 1)
     problems += range_problems(run, ["crop_scale"], "must lie in (0, 1]", lambda value: 0 < value <= 1)
     problems += range_problems(run, ["caption_augmentation"], "must lie in [0, 1)", lambda value: 0 <= value < 1)
     if run.freeze_encoders and (run.crop_scale != 1 or run.caption_augmentation != 0):

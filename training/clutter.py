@@ -32,7 +32,7 @@ MEASURES = {"rsum": "rSum in galleries of 100", "pointing": "pointing accuracy (
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description="Measures the runs of a comparison on scenes with more and more distractors.")
+    parser = argparse.ArgumentParser(description="Measures the runs of a comparison on more and more cluttered scenes.")
     parser.add_argument("recipe", type=Path)
     recipe = parser.parse_args(argv).recipe
     comparison = Comparison.read(recipe)

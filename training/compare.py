@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -65,7 +64,7 @@ class Comparison:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description="Trains and compares the runs of a recipe (training/recipes/compare-*.yaml).")
+    parser = argparse.ArgumentParser(description="Trains and compares the runs of a recipe (compare-*.yaml).")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time; each has its share of the cores.")
     arguments = parser.parse_args(argv)

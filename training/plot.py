@@ -54,7 +54,8 @@ def plot_curves(
         for name, of_run in runs.items():
             figures = of_run[measure]
             (line,) = axis.plot(values, [statistics.mean(seeds) for seeds in figures], marker=".", label=name)
-            axis.fill_between(values, [min(s) for s in figures], [max(s) for s in figures], color=line.get_color(), alpha=0.15)
+            low, high = [min(seeds) for seeds in figures], [max(seeds) for seeds in figures]
+            axis.fill_between(values, low, high, color=line.get_color(), alpha=0.15)
         axis.set(xlabel=condition, ylabel=title)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
