@@ -24,6 +24,10 @@ DESCRIPTIONS = {
     "chan": "Fine-grained image-text alignment after CHAN (CVPR 2023): each word counts with its best patch only.",
     "max_mean": "Fine-grained image-text alignment by the bidirectional maximum: each word's best patch and each patch's "
     "best word.",
+    "scan": "Fine-grained image-text alignment after SCAN (ECCV 2018): each token is compared with what it attends to on the "
+    "other side.",
+    "laps": "Fine-grained image-text alignment after LAPS (CVPR 2024): each caption selects the patches that it is matched "
+    "with.",
     "vse++": "Image-text retrieval after VSE++ (BMVC 2018): one pooled vector a picture and one a caption, a baseline "
     "without alignment of words.",
 }
@@ -97,7 +101,7 @@ def write_model_card(
         "metadata": metadata.to_yaml(),
         "model_name": folder.name,
         "model_id": repo_id or folder.name,
-        "description": DESCRIPTIONS.get(aligner, f"Image-text alignment with the aligner `{aligner}`."),
+        "description": DESCRIPTIONS[aligner],
         "encoders": _encoder_section(config, training),
         "results": _result_section(evaluations),
         "training": _training_section(training, folder),

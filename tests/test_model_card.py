@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
-from granalign_hf.model_card import write_model_card
+from granalign_hf.model_card import DESCRIPTIONS, write_model_card
+from granalign_hf.modeling.aligners import ALIGNERS
 
 TRAINING = {
     "recipe": "training/recipes/flickr8k-vit-tiny.yaml",
@@ -324,3 +325,7 @@ def test_figures_of_a_part_of_a_split_are_no_result(folder):
     save(folder, test=TEST, **{"test-first-10": TEST | {"num_images": 10}})
     card = write_model_card(folder).read_text()
     assert "Images: 1003" in card and "Images: 10," not in card
+
+
+def test_every_aligner_is_described():
+    assert set(DESCRIPTIONS) == set(ALIGNERS)
