@@ -101,7 +101,7 @@ def write_model_card(
         "metadata": metadata.to_yaml(),
         "model_name": folder.name,
         "model_id": repo_id or folder.name,
-        "description": DESCRIPTIONS[aligner],
+        "description": DESCRIPTIONS.get(aligner, f"Image-text alignment with the aligner `{aligner}`."),
         "encoders": _encoder_section(config, training),
         "results": _result_section(evaluations),
         "training": _training_section(training, folder),
