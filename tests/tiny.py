@@ -7,6 +7,7 @@ import transformers as tf
 from transformers import BertTokenizer, PreTrainedConfig, ViTImageProcessorPil
 
 from granalign_hf import GranAlignConfig, GranAlignModel, GranAlignProcessor
+from granalign_hf.modeling.gru_encoder import GRUEncoderConfig
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
 PATCHES = WIDTHS | {"patch_size": 4, "image_size": 16}
@@ -57,6 +58,7 @@ TEXT = {
     "clip_text": lambda: tf.CLIPTextConfig(max_position_embeddings=40, **SPECIAL, **WIDTHS, **WORDS),
     "mpnet": lambda: tf.MPNetConfig(max_position_embeddings=42, **WIDTHS, **WORDS),
     "electra": lambda: tf.ElectraConfig(max_position_embeddings=40, embedding_size=16, **WIDTHS, **WORDS),
+    "gru": lambda: GRUEncoderConfig(embedding_size=16, hidden_size=32, max_position_embeddings=40, **WORDS),
 }
 
 WORD_LIST = "a the red blue green dog cat square circle ##s and of on"
