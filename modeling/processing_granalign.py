@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, BatchFeature, PreTrainedConfig
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import is_numpy_array, is_torch_tensor, logging
@@ -133,14 +133,21 @@ class GranAlignProcessor(ProcessorMixin):
         Raises:
             ValueError: the tokenizer has no vocabulary.
         """
-        tokenizer = load_tokenizer(text_model_name_or_path)
-        if text_config is None:
-            with contextlib.suppress(OSError, ValueError):  # a tokenizer without a model beside it
-                text_config = side_config(text_model_name_or_path, "text_config")
-        longest = None if text_config is None else max_caption_length(text_config)
-        if longest is not None:
-            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+        tokenizer = encoder_tokenizer(text_model_name_or_path, text_config)
         return cls(AutoImageProcessor.from_pretrained(vision_model_name_or_path), tokenizer)
+
+
+def encoder_tokenizer(name_or_path: str, text_config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a text encoder, which never returns more than that takes; see
+    [`GranAlignProcessor.from_vision_text_pretrained`]."""
+    tokenizer = load_tokenizer(name_or_path)
+    if text_config is None:
+        with contextlib.suppress(OSError, ValueError):  # a tokenizer without a model beside it
+            text_config = side_config(name_or_path, "text_config")
+    longest = None if text_config is None else max_caption_length(text_config)
+    if longest is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    return tokenizer
 
 
 def _check_captions(text: Any) -> None:
