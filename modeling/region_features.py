@@ -154,7 +154,7 @@ def read_features(features: Any) -> Tensor:
     try:
         array = to_numpy(features).astype("float32")
     except (TypeError, ValueError, AttributeError) as error:  # no numbers at all, or lists of different length
-        raise ValueError(f"{expected}, all boxes of one length, got {type(features).__name__}: {error}") from error
+        raise ValueError(f"{expected}, all boxes of one length, got {type(features).__name__}.") from error
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{expected}, got {array.shape}.")
     tensor = torch.from_numpy(array)
