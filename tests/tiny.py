@@ -8,6 +8,7 @@ from transformers import BertTokenizer, PreTrainedConfig, ViTImageProcessorPil
 
 from granalign_hf import GranAlignConfig, GranAlignModel, GranAlignProcessor
 from granalign_hf.modeling.gru_encoder import GRUEncoderConfig
+from granalign_hf.modeling.region_features import RegionFeaturesConfig, RegionFeaturesProcessor
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
 PATCHES = WIDTHS | {"patch_size": 4, "image_size": 16}
@@ -88,6 +89,13 @@ def tiny_inputs(num_images=3, num_captions=3, num_words=7, image_size=(16, 16), 
 
 def tiny_tokenizer(**kwargs) -> BertTokenizer:
     return BertTokenizer(vocab={word: number for number, word in enumerate(VOCABULARY)}, **kwargs)
+
+
+def region_model_and_processor(**fields) -> tuple[GranAlignModel, GranAlignProcessor]:
+    """On features of 4 boxes with 6 numbers each."""
+    sizes = {"num_boxes": 4, "hidden_size": 6}
+    model = tiny_model(RegionFeaturesConfig(**sizes), TEXT["gru"](), **fields)
+    return model, GranAlignProcessor(RegionFeaturesProcessor(**sizes), tiny_tokenizer())
 
 
 def tiny_processor(**kwargs) -> GranAlignProcessor:
