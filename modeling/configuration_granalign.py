@@ -17,6 +17,7 @@ POOLINGS = {
     "vse++": ("mean", "max"),
 }
 ATTENTION_DIRECTIONS = ("t2i", "i2t", "both")
+PROJECTION_TYPES = ("linear", "mlp")
 
 
 @strict
@@ -40,6 +41,9 @@ class GranAlignConfig(PreTrainedConfig):
             Of SCAN: `"t2i"` (words attend over patches), `"i2t"` (patches attend over words) or `"both"` (their mean).
         projection_dim (`int`, defaults to 512):
             Width of the shared token space [d].
+        projection_type (`str`, defaults to `"linear"`):
+            How tokens of the encoders get there: `"linear"`, or `"mlp"`, which adds a layer of GELU units beside the linear
+            map and pays where the encoders are frozen.
         patch_dropout (`float`, defaults to 0.0):
             Share of the patches, drawn anew for each image and step, that take no part in training (0.2 in CHAN).
         use_patch_adapter, use_word_adapter (`bool`, defaults to `True`):
@@ -96,6 +100,7 @@ class GranAlignConfig(PreTrainedConfig):
     pooling: str = "mean"
     attention_direction: str = "t2i"
     projection_dim: int = 512
+    projection_type: str = "linear"
     patch_dropout: float | int = 0.0
     use_patch_adapter: bool = True
     use_word_adapter: bool = True
@@ -141,6 +146,8 @@ class GranAlignConfig(PreTrainedConfig):
             raise ValueError(
                 f"`attention_direction` must be one of {ATTENTION_DIRECTIONS}, got {self.attention_direction!r}."
             )
+        if self.projection_type not in PROJECTION_TYPES:
+            raise ValueError(f"`projection_type` must be one of {PROJECTION_TYPES}, got {self.projection_type!r}.")
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"`patch_dropout` must lie in [0, 1), got {self.patch_dropout}.")
         for name in ("projection_dim", "num_regions", "patch_pool_size"):

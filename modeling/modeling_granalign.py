@@ -26,6 +26,7 @@ from .encoders import (
 )
 from .losses import contrastive_hinge
 from .outputs import GranAlignImageOutput, GranAlignOutput, GranAlignTextOutput
+from .projection import make_projection
 from .regions import RegionMixture
 
 logger = logging.get_logger(__name__)
@@ -110,8 +111,9 @@ class GranAlignModel(GranAlignPreTrainedModel):
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         reduce_to_tokens(self.vision_model)
         reduce_to_tokens(self.text_model)
-        self.patch_projection = nn.Linear(feature_size(config.vision_config), config.projection_dim)
-        self.word_projection = nn.Linear(feature_size(config.text_config), config.projection_dim)
+        width, kind = config.projection_dim, config.projection_type
+        self.patch_projection = make_projection(feature_size(config.vision_config), width, kind)
+        self.word_projection = make_projection(feature_size(config.text_config), width, kind)
         self.aligner = ALIGNERS[config.aligner](config)
         self.post_init()
 

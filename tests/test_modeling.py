@@ -595,3 +595,20 @@ def test_real_photographs_find_their_captions_after_a_little_training(real):
     with torch.no_grad():
         scores = model.eval()(**batch).logits_per_image
     assert scores.argmax(0).tolist() == batch["caption_image_ids"].tolist()
+
+
+def test_the_mlp_projection_adds_to_the_linear_map(tmp_path):
+    """W0 x + W2 GELU(W1 norm(x)), written out for one token; it trains and comes back from a file."""
+    model = tiny_model(projection_type="mlp")
+    projection, token = model.patch_projection, torch.randn(32, dtype=torch.float32)
+    normed = (token - token.mean()) / (token.var(unbiased=False) + 1e-5).sqrt()
+    hidden = projection.hidden.weight @ normed
+    hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+    expected = projection.linear.weight @ token + projection.correction.weight @ hidden  # biases start at 0
+    torch.testing.assert_close(projection(token), expected, rtol=0, atol=1e-5)
+    model.train()(**tiny_inputs(), return_loss=True).loss.backward()
+    own = [parameter for name, parameter in model.named_parameters() if "_projection." in name]
+    assert len(own) == 16 and all(parameter.grad.any() for parameter in own)
+    model.eval().save_pretrained(tmp_path)
+    again = GranAlignModel.from_pretrained(tmp_path)
+    assert torch.equal(again(**tiny_inputs()).logits_per_image, model(**tiny_inputs()).logits_per_image)
