@@ -131,7 +131,8 @@ class RunArguments(DataArguments):
     max_grad_norm: float = setting(2.0, "Gradient norm above which gradients are scaled down.")
     warmup_epochs: int = setting(1, "Epochs over all negatives before hardest negatives.")
     crop_scale: float = setting(
-        0.6, "Smallest share of a picture that a random crop keeps; 1 switches crop and flip off, as features of regions need."
+        0.6,
+        "Smallest share of a picture that a random crop keeps; 1 switches crop and flip off, as features of regions need.",
     )
     caption_augmentation: float = setting(0.2, "Share of the caption tokens that are masked, replaced or deleted.")
 

@@ -116,8 +116,7 @@ def load_split(
     table = _load_table(name, split, config, split_column, num_scenes)
     if features_column is not None and (image_column or image_folder):
         raise ValueError(
-            f"`features_column` {features_column!r} takes the place of the pictures: leave `image_column` and `image_folder` "
-            "out, or it."
+            f"`features_column` {features_column!r} replaces pictures: leave out `image_column` and `image_folder`."
         )
     if image_folder is not None:
         table, image_column = _with_pictures(table, name, image_folder, image_column)
@@ -313,7 +312,7 @@ class TrainingImages(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, number))
         captions = draw_captions(rng, self.data.captions[number], self.captions_per_image)
         image = self.data.image(number)
-        if self.crop_scale < 1:
+        if self.crop_scale < 1 and isinstance(image, PILImage.Image):
             image = random_resized_crop(rng, image, self.crop_scale)
         return {
             "number": number,

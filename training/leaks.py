@@ -1,7 +1,7 @@
 """Whether the photographs of a test were among those of the training: by what they look like, not by their names.
 
-Data sets overlap under other names and sizes: most of Flickr8k's test photographs are in Flickr30K's training split. Features
-of regions are known again by their numbers, which must be the same to the last bit.
+Data sets overlap under other names and sizes: most of Flickr8k's test photographs are in Flickr30K's training split.
+Features of regions are known again by their numbers, which must be the same to the last bit.
 """
 
 from __future__ import annotations
