@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .attention import cross_attention, patch_slimming
 from .losses import gaussian_kl, reconstruction_loss, region_entropy
 from .regions import RegionMixture
 from .saliency import SaliencyAdapter
-from .similarity import cross_attention, hard_alignment, level_similarities
+from .similarity import hard_alignment, level_similarities
 
 
 class Aligner(nn.Module):
@@ -124,6 +125,38 @@ class SCAN(Aligner):
         return torch.stack(scores).mean(0, keepdim=True)
 
 
+class LAPS(Aligner):
+    """Linguistic-aware patch slimming (Fu et al., CVPR 2024): each caption keeps the patches that it speaks of.
+
+    Logits say how much each patch counts for each of the aggregated tokens; which patches take part, `patch_slimming` asks
+    of image and caption together.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.keep_share = config.patch_keep_share
+        dim, hidden_dim = config.projection_dim, max(config.projection_dim // 5, 1)
+        self.aggregation = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, config.num_regions)
+        )
+        self.logit_scale = nn.Parameter(torch.ones(1))
+
+    def describe_image(self, patch_embeds: Tensor, patch_mask: Tensor) -> dict[str, Tensor]:
+        patch_embeds = _zero_padding(patch_embeds, patch_mask).to(self.logit_scale.dtype)
+        logits = self.logit_scale * self.aggregation(patch_embeds)
+        return {"patch_logits": logits.to(torch.promote_types(logits.dtype, torch.float32))}
+
+    def similarities(self, image, text) -> Tensor:
+        return patch_slimming(
+            image.patch_embeds,
+            text.word_embeds,
+            text.word_mask,
+            image.patch_logits,
+            patch_mask=image.patch_mask,
+            keep_share=self.keep_share,
+        )[None]
+
+
 class VSE(Aligner):
     """VSE++ (BMVC 2018): tokens pooled to one vector a side, and their cosine."""
 
@@ -158,4 +191,11 @@ def _pool(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return nn.functional.normalize(pooled, dim=-1)
 
 
-ALIGNERS: dict[str, type[Aligner]] = {"grm": GRM, "max_mean": MaxMean, "chan": CHAN, "scan": SCAN, "vse++": VSE}
+ALIGNERS: dict[str, type[Aligner]] = {
+    "grm": GRM,
+    "max_mean": MaxMean,
+    "chan": CHAN,
+    "scan": SCAN,
+    "laps": LAPS,
+    "vse++": VSE,
+}

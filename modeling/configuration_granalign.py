@@ -14,6 +14,7 @@ POOLINGS = {
     "max_mean": ("mean",),
     "chan": ("mean", "logsumexp"),
     "scan": ("mean",),
+    "laps": ("mean",),
     "vse++": ("mean", "max"),
 }
 ATTENTION_DIRECTIONS = ("t2i", "i2t", "both")
@@ -33,12 +34,15 @@ class GranAlignConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Config of the text encoder. Defaults to a BERT-base.
         aligner (`str`, defaults to `"grm"`):
-            `"grm"`; `"chan"`: hard alignment; `"scan"`: cross-attention; `"vse++"`: pooled vectors and their cosine;
-            `"max_mean"`: the bidirectional maximum of GRM without adapters and regions.
+            `"grm"`; `"chan"`: hard alignment; `"scan"`: cross-attention; `"laps"`: patches that each caption selects;
+            `"vse++"`: pooled vectors and their cosine; `"max_mean"`: the bidirectional maximum of GRM without adapters and
+            regions.
         pooling (`str`, defaults to `"mean"`):
             How tokens are pooled: `"mean"` or `"logsumexp"` over the words for CHAN, `"mean"` or `"max"` for VSE++.
         attention_direction (`str`, defaults to `"t2i"`):
             Of SCAN: `"t2i"` (words attend over patches), `"i2t"` (patches attend over words) or `"both"` (their mean).
+        patch_keep_share (`float`, defaults to 0.5):
+            Of LAPS: the share of the patches that a caption keeps, in (0, 1], rounded up to a whole number of patches.
         projection_dim (`int`, defaults to 512):
             Width of the shared token space [d].
         projection_type (`str`, defaults to `"linear"`):
@@ -53,7 +57,8 @@ class GranAlignConfig(PreTrainedConfig):
         use_region_uncertainty (`bool`, defaults to `True`):
             Whether GRM's regions have a variance; without it a region is its mean, in training too.
         num_regions (`int`, defaults to 5):
-            Number of region prompts [K], at least 1.
+            Number of region prompts [K], at least 1. For LAPS, the number of tokens that the patches kept are aggregated to:
+            in the paper 0.2 of all patches, 39 of 196.
         region_logit_scale (`float`, defaults to 1.0):
             Factor on the cosine of patch and region prompt before the sigmoid. 1 in the paper, where the affinities lie
             in 0.27..0.73; larger values separate the regions.
@@ -99,6 +104,7 @@ class GranAlignConfig(PreTrainedConfig):
     aligner: str = "grm"
     pooling: str = "mean"
     attention_direction: str = "t2i"
+    patch_keep_share: float | int = 0.5
     projection_dim: int = 512
     projection_type: str = "linear"
     patch_dropout: float | int = 0.0
@@ -150,6 +156,8 @@ class GranAlignConfig(PreTrainedConfig):
             raise ValueError(f"`projection_type` must be one of {PROJECTION_TYPES}, got {self.projection_type!r}.")
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"`patch_dropout` must lie in [0, 1), got {self.patch_dropout}.")
+        if not 0 < self.patch_keep_share <= 1:
+            raise ValueError(f"`patch_keep_share` must lie in (0, 1], got {self.patch_keep_share}.")
         for name in ("projection_dim", "num_regions", "patch_pool_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

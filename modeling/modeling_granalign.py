@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .aligners import ALIGNERS
+from .aligners import ALIGNERS, LAPS
 from .checks import check_captions, check_encoder, check_fields, check_tensor, positive_pairs
 from .configuration_granalign import GranAlignConfig
 from .encoders import (
@@ -58,6 +58,8 @@ class GranAlignPreTrainedModel(PreTrainedModel):
                 # Variances start at 1/d, so that the noise of a region is as long as a token, not sqrt(d) times longer.
                 init.zeros_(module.log_var.weight)
                 init.constant_(module.log_var.bias, -math.log(module.log_var.out_features))
+        elif isinstance(module, LAPS):
+            init.ones_(module.logit_scale)
         else:
             super()._init_weights(module)
 

@@ -35,6 +35,8 @@ class GranAlignImageOutput(_MaskedOutput, BaseModelOutputWithPooling):
         Rows and columns of the patch grid.
     patch_saliency (`torch.FloatTensor` of shape `(B, Lv)`, GRM):
         In [0, 1] [A_V].
+    patch_logits (`torch.FloatTensor` of shape `(B, Lv, K)`, LAPS):
+        How much each patch counts for each aggregated token, before the softmax over the patches that a caption keeps.
     region_affinity, region_assignment (`torch.FloatTensor` of shape `(B, Lv, K)`, GRM):
         In [0, 1]; the assignment sums to 1 over patches [A_r].
     region_weights (`torch.FloatTensor` of shape `(B, K)`, GRM):
@@ -47,6 +49,7 @@ class GranAlignImageOutput(_MaskedOutput, BaseModelOutputWithPooling):
     patch_mask: Tensor | None = None
     spatial_shapes: Tensor | None = None
     patch_saliency: Tensor | None = None
+    patch_logits: Tensor | None = None
     region_affinity: Tensor | None = None
     region_assignment: Tensor | None = None
     region_weights: Tensor | None = None
@@ -80,7 +83,7 @@ class GranAlignOutput(_MaskedOutput):
     loss (`torch.FloatTensor` of shape `()`, *optional*, with `return_loss=True`):
         Weighted sum of `loss_terms`.
     logits_per_image (`torch.FloatTensor` of shape `(B, C)`):
-        Score of every image with every caption [S], float32, in [-2, 2] for GRM and in [-1, 1] for CHAN and VSE++.
+        Score of every image with every caption [S], float32, in [-2, 2] for GRM and LAPS and in [-1, 1] for CHAN and VSE++.
     logits_per_text (`torch.FloatTensor` of shape `(C, B)`):
         Its transpose.
     loss_terms (`dict[str, torch.FloatTensor]`, *optional*, with `return_loss=True`):
@@ -102,6 +105,7 @@ class GranAlignOutput(_MaskedOutput):
     spatial_shapes: Tensor | None = None
     patch_saliency: Tensor | None = None
     word_saliency: Tensor | None = None
+    patch_logits: Tensor | None = None
     region_affinity: Tensor | None = None
     region_assignment: Tensor | None = None
     region_weights: Tensor | None = None

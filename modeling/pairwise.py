@@ -1,7 +1,7 @@
 """Runs a scoring rule over every image x caption pair by tiles: exact, differentiable, and never the 4-D tensor.
 
-Letters: B images, C captions, v patches, w words, k regions, d features; in a tile: i images, c captions with W words in
-all, in groups of n captions of nearly equal length L. A tile is the product of those words with the patches of the images.
+Letters as in `tiles.py`. A tile is the product of the words of some captions with the patches of some images, and what a
+rule keeps besides counts towards its size.
 
 Two things keep it exact and small. A padded token is never set to zero (zero would beat a negative product): a real token
 of the same caption or image takes its place, which changes no maximum, and its weight in the mean is 0. The backward pass
@@ -19,56 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .product import all_products
+from .tiles import Rule, Tile, Tokens
 
 CPU_BUDGET, DEVICE_BUDGET = 2**24, 2**28  # bytes of a tile: caches matter on a CPU, few launches elsewhere
 SPARSE_SHARE = 1 / 8  # below this share of pairs with a gradient, each image meets only the captions that need it
 GRAPH_TILES = 4  # the graph of a tile keeps several tensors of its size, so tiles of the backward pass are smaller
-
-
-class Tile(NamedTuple):
-    """Packed words (the captions of a block, one after the other) against i images, and all that a rule needs."""
-
-    products: Tensor  # (W, i, v)
-    region_products: Tensor | None  # (W, i, k)
-    word_weights: Tensor  # (W, 1): 1 / number of words; 0 on repeated words
-    patch_weights: Tensor  # (i, v): 1 / number of patches; 0 on repeated patches
-    word_saliency: Tensor | None  # (W, 1, 1)
-    patch_saliency: Tensor | None  # (i, v)
-    word_embeds: Tensor  # (W, d)
-    patch_embeds: Tensor  # (i, v, d)
-    shapes: list[tuple[int, int]]  # (n, L) of each group of captions, in order
-
-    def by_length(self, values: Tensor) -> list[Tensor]:
-        """(W, ...) -> for each group of captions a view (n, L, ...)."""
-        parts = values.split([num_captions * num_words for num_captions, num_words in self.shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def over_words(self, reduce: Callable[..., Tensor], values: Tensor) -> Tensor:
-        """(W, ...) -> (c, ...): `torch.amax`, `torch.sum` or the like over the words of each caption."""
-        return torch.cat([reduce(part, dim=1) for part in self.by_length(values)])
-
-    def to_words(self, values: Tensor) -> Tensor:
-        """(c, ...) -> (W, ...): to each word what its caption has."""
-        parts = values.split([num_captions for num_captions, _ in self.shapes])
-        return torch.cat([part.repeat_interleave(length, 0) for part, (_, length) in zip(parts, self.shapes, strict=True)])
-
-
-Rule = Callable[[Tile], list[Tensor]]  # -> one (c, i) score per level
-
-
-class Tokens(NamedTuple):
-    """The differentiable inputs, in the order in which autograd sees them."""
-
-    patch_embeds: Tensor  # (B, v, d)
-    word_embeds: Tensor  # (C, w, d)
-    patch_saliency: Tensor | None = None  # (B, v)
-    word_saliency: Tensor | None = None  # (C, w)
-    region_embeds: Tensor | None = None  # (B, k, d)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        """The same tokens, each of them changed; what is absent stays so."""
-        optional = [None if t is None else change(t) for t in self[2:]]
-        return Tokens(change(self.patch_embeds), change(self.word_embeds), *optional)
 
 
 _Walk = Callable[[Rule, "_Layout", Tokens], Tensor]
@@ -128,6 +83,7 @@ class _Layout(NamedTuple):
     word_index: Tensor  # (C, w): real words first, then the last real word repeated
     word_weights: Tensor  # (C, w)
     lengths: Tensor  # (C,), 1 for a caption without words
+    extra_words: int  # as many products of words take the memory of what a rule keeps for a caption besides its products
 
     @classmethod
     def of(cls, word_mask: Tensor, patch_mask: Tensor | None, tokens: Tokens) -> _Layout:
@@ -145,7 +101,8 @@ class _Layout(NamedTuple):
             slots = torch.arange(num_patches, device=patch_mask.device)
             patch_index = torch.where(patch_mask, slots, patch_mask.to(torch.int8).argmax(1, keepdim=True))
             patch_weights = patch_mask.to(dtype) / patch_mask.sum(1, keepdim=True).clamp(min=1)
-        return cls(patch_index, patch_weights, word_index, word_weights, lengths[:, 0].clamp(min=1))
+        extra_words = 0 if tokens.patch_logits is None else tokens.patch_logits.shape[2] + 1  # weights of each patch
+        return cls(patch_index, patch_weights, word_index, word_weights, lengths[:, 0].clamp(min=1), extra_words)
 
 
 class _Group(NamedTuple):
@@ -153,18 +110,18 @@ class _Group(NamedTuple):
     num_words: int  # L, the longest of them
 
 
-def _blocks(lengths_of_captions: Tensor, captions: Tensor, max_words: int, spread: int) -> Iterator[list[_Group]]:
+def _blocks(layout: _Layout, captions: Tensor, max_words: int, spread: int) -> Iterator[list[_Group]]:
     """Cuts captions (numbers) into groups whose lengths differ by `spread` at most, and those into blocks of words."""
-    captions = captions[lengths_of_captions[captions].argsort(stable=True)]
-    lengths = lengths_of_captions[captions].tolist()
+    captions = captions[layout.lengths[captions].argsort(stable=True)]
+    lengths = layout.lengths[captions].tolist()
     block: list[_Group] = []
     words = first = 0
     for stop in range(1, len(lengths) + 1):
         is_end = stop == len(lengths)
-        is_full = not is_end and words + (stop - first + 1) * lengths[stop] > max_words
+        is_full = not is_end and words + (stop - first + 1) * (lengths[stop] + layout.extra_words) > max_words
         if is_end or is_full or lengths[stop] > lengths[first] + spread:
             block.append(_Group(captions[first:stop], lengths[stop - 1]))
-            words += (stop - first) * lengths[stop - 1]
+            words += (stop - first) * (lengths[stop - 1] + layout.extra_words)
             first = stop
         if is_end or is_full:
             yield block
@@ -186,17 +143,13 @@ def _pack(tokens: Tokens, layout: _Layout, block: list[_Group]) -> tuple[Tokens,
 
 
 def _of_images(tokens: Tokens, images: slice | Tensor) -> Tokens:
-    patches, _, saliency, _, regions = tokens
-    return tokens._replace(
-        patch_embeds=patches[images],
-        patch_saliency=None if saliency is None else saliency[images],
-        region_embeds=None if regions is None else regions[images],
-    )
+    given = {name: t for name, t in tokens._asdict().items() if t is not None}
+    return tokens._replace(**{name: t[images] for name, t in given.items() if not name.startswith("word")})
 
 
 def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], images: slice | Tensor, tokens: Tokens) -> Tensor:
     """The packed words of a block with the images of a tile -> (levels, i, captions of the block)."""
-    patches, words, patch_saliency, word_saliency, regions = tokens
+    patches, words, patch_saliency, word_saliency, regions, patch_logits = tokens
     num_images, num_patches, _ = patches.shape
     if layout.patch_index is not None:
         index = layout.patch_index[images]
@@ -212,6 +165,7 @@ def _score_tile(rule: Rule, layout: _Layout, block: list[_Group], images: slice 
             layout.patch_weights[images],
             None if word_saliency is None else word_saliency[:, None, None],
             patch_saliency,
+            patch_logits,
             words,
             patches,
             shapes,
@@ -234,9 +188,10 @@ class _AllPairs(torch.autograd.Function):
         scores, order = [], []
         square = math.isqrt(columns * num_patches)  # a product of a square tile is faster than that of a long one
         spread = 1 if captions.device.type == "cpu" else 4  # few launches matter more than few repeated words on a GPU
-        for block in _blocks(layout.lengths, captions, min(square, columns), spread):
+        for block in _blocks(layout, captions, min(square, columns), spread):
             packed, _ = _pack(tokens, layout, block)
-            tiles = _slices(num_images, max(columns // len(packed.word_embeds), 1))
+            num_words = sum(len(group.captions) * (group.num_words + layout.extra_words) for group in block)
+            tiles = _slices(num_images, max(columns // num_words, 1))
             parts = [_score_tile(rule, layout, block, images, _of_images(packed, images)) for images in tiles]
             scores.append(torch.cat(parts, dim=1))
             order += [group.captions for group in block]
@@ -260,13 +215,13 @@ class _AllPairs(torch.autograd.Function):
             images_per_tile = 1 if grad.device.type == "cpu" else 16
             spread = layout.word_index.shape[1]  # one group: a few repeated words cost less than launches
         else:
-            images_per_tile = max(columns // int(layout.lengths.sum()), 1)
+            images_per_tile = max(columns // int((layout.lengths + layout.extra_words).sum()), 1)
         wanted = has_grad.any(1).nonzero()[:, 0]  # none without patches: NaN there would reach the words
         tiles = wanted.split(images_per_tile) if len(wanted) < len(has_grad) else _slices(len(wanted), images_per_tile)
         with torch.autocast(grad.device.type, enabled=False):
             for images in tiles:
                 captions = has_grad[images].any(0).nonzero()[:, 0]
-                for block in _blocks(layout.lengths, captions, max(columns // images_per_tile, 1), spread):
+                for block in _blocks(layout, captions, max(columns // images_per_tile, 1), spread):
                     _add_tile_grads(ctx.rule, layout, block, images, tokens, grad, totals)
         by_input = (totals[n].to(t.dtype) if n in totals else None for n, t in tokens._asdict().items())
         return (None, None, None, *by_input)

@@ -1,6 +1,6 @@
-"""Token similarities: bidirectional max-mean at three levels (GRM eq. 7), hard alignment (CHAN), cross-attention (SCAN).
+"""Token similarities by maxima: bidirectional max-mean at three levels (GRM eq. 7) and hard alignment (CHAN).
 
-Pure functions of tokens and masks; the walk over all pairs is in `pairwise.py`.
+Pure functions of tokens and masks; those with attention are in `attention.py`, the walk over all pairs in `pairwise.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .pairwise import Rule, Tile, Tokens, score_all_pairs
+from .pairwise import score_all_pairs
+from .tiles import Rule, Tile, Tokens, check_tokens
 
 PAPER_LEVEL_WEIGHTS = (0.4, 0.4, 0.2)
 
@@ -96,12 +97,12 @@ def level_similarities(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
-    _check(patch_embeds, word_embeds, word_mask, patch_mask, patch_saliency, word_saliency, region_embeds)
-    if patch_saliency is None and word_saliency is not None:
-        patch_saliency = patch_embeds.new_ones(patch_embeds.shape[:2])
-    if word_saliency is None and patch_saliency is not None:
-        word_saliency = word_embeds.new_ones(word_embeds.shape[:2])
     tokens = Tokens(patch_embeds, word_embeds, patch_saliency, word_saliency, region_embeds)
+    check_tokens(tokens, word_mask, patch_mask)
+    if patch_saliency is None and word_saliency is not None:
+        tokens = tokens._replace(patch_saliency=patch_embeds.new_ones(patch_embeds.shape[:2]))
+    if word_saliency is None and patch_saliency is not None:
+        tokens = tokens._replace(word_saliency=word_embeds.new_ones(word_embeds.shape[:2]))
     return score_all_pairs(_bidirectional, tokens, word_mask, patch_mask, memory_budget)
 
 
@@ -134,51 +135,9 @@ def hard_alignment(
     }
     if pooling not in rules:
         raise ValueError(f"`pooling` of the hard alignment must be one of {sorted(rules)}, got {pooling!r}.")
-    _check(patch_embeds, word_embeds, word_mask, patch_mask)
-    return score_all_pairs(rules[pooling], Tokens(patch_embeds, word_embeds), word_mask, patch_mask, memory_budget)[0]
-
-
-def cross_attention(
-    patch_embeds: Tensor,
-    word_embeds: Tensor,
-    word_mask: Tensor,
-    *,
-    patch_mask: Tensor | None = None,
-    direction: str = "t2i",
-    inverse_temperature: float | None = None,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """SCAN's stacked cross-attention (ECCV 2018): each query attends over all contexts; mean cosine of the two.
-
-    Attention: leaky ReLU (0.1) of <query, context>, L2-normalised over the queries, softmax over the contexts. Of the
-    attended context c = sum_j a_j x_j only two numbers are needed: <q, c> = sum_j a_j <q, x_j>, and |c|^2 = a' G a with the
-    Gram matrix G of the contexts. For few words c itself is smaller than G, and is built instead.
-
-    Args as in [`level_similarities`]. `direction`: `"t2i"` (words attend over patches, inverse temperature 9) or `"i2t"`
-    (patches attend over words, 4).
-
-    Returns:
-        (B, C) scores in [-1, 1], at least float32.
-
-    Raises:
-        ValueError: unknown `direction`, an `inverse_temperature` of 0 or less, or a shape or dtype that does not fit.
-    """
-    if direction not in _CROSS_ATTENTION:
-        raise ValueError(f"`direction` of the cross-attention must be one of {sorted(_CROSS_ATTENTION)}, got {direction!r}.")
-    rule, default = _CROSS_ATTENTION[direction]
-    inverse_temperature = default if inverse_temperature is None else inverse_temperature
-    if inverse_temperature <= 0:
-        raise ValueError(f"`inverse_temperature` must be greater than 0, got {inverse_temperature}.")
-    _check(patch_embeds, word_embeds, word_mask, patch_mask)
-    rule = functools.partial(rule, inverse_temperature=inverse_temperature)
-    return score_all_pairs(rule, Tokens(patch_embeds, word_embeds), word_mask, patch_mask, memory_budget)[0]
-
-
-def _max_mean(tile: Tile, products: Tensor, patch_weights: Tensor | float) -> Tensor:
-    """(W, i, v) -> (c, i). A maximum is exact in any dtype; the means run in the dtype of the weights."""
-    best_patch = products.amax(2) * tile.word_weights
-    best_word = tile.over_words(torch.amax, products).to(tile.word_weights.dtype) * patch_weights
-    return tile.over_words(torch.sum, best_patch) + best_word.sum(2)
+    tokens = Tokens(patch_embeds, word_embeds)
+    check_tokens(tokens, word_mask, patch_mask)
+    return score_all_pairs(rules[pooling], tokens, word_mask, patch_mask, memory_budget)[0]
 
 
 def _scaled(products: Tensor, *factors: Tensor) -> Tensor:
@@ -189,14 +148,14 @@ def _scaled(products: Tensor, *factors: Tensor) -> Tensor:
 
 
 def _bidirectional(tile: Tile) -> list[Tensor]:
-    levels = [_max_mean(tile, tile.products, tile.patch_weights)]
+    levels = [tile.max_mean(tile.products, tile.patch_weights)]
     if tile.patch_saliency is not None and tile.word_saliency is not None:
         scaled = _scaled(tile.products, tile.patch_saliency, tile.word_saliency)
-        levels.append(_max_mean(tile, scaled, tile.patch_weights))
+        levels.append(tile.max_mean(scaled, tile.patch_weights))
     if tile.region_products is not None:
         regions = tile.region_products
         scaled = regions if tile.word_saliency is None else _scaled(regions, tile.word_saliency)
-        levels.append(_max_mean(tile, scaled, 1 / regions.shape[2]))
+        levels.append(tile.max_mean(scaled, 1 / regions.shape[2]))
     return levels
 
 
@@ -208,85 +167,3 @@ def _logsumexp_of_best_patch(tile: Tile, temperature: float) -> list[Tensor]:
     best_patch = tile.products.amax(2).to(tile.word_weights.dtype)
     logits = (best_patch / temperature).masked_fill(tile.word_weights == 0, -torch.inf)
     return [temperature * tile.over_words(torch.logsumexp, logits)]
-
-
-def _words_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
-    products, words, patches = _at_least_float32(tile.products, tile.word_embeds, tile.patch_embeds)
-    attention = nn.functional.leaky_relu(products, 0.1) * (tile.word_weights[..., None] > 0)
-    attention = attention / tile.to_words(_norm(tile.over_words(torch.sum, attention.square())))
-    attention = (inverse_temperature * attention).masked_fill(tile.patch_weights == 0, -torch.inf).softmax(2)
-    by_image, (_, num_patches, dim) = attention.transpose(0, 1), patches.shape
-    # The contexts of few words are smaller than the Gram matrix; an exported graph cannot choose by size.
-    if not torch.compiler.is_exporting() and len(words) * dim < num_patches * num_patches:
-        context_squares = (by_image @ patches).square().sum(2).T
-    else:
-        context_squares = ((by_image @ (patches @ patches.mT)) * by_image).sum(2).T
-    cosines = _cosine((attention * products).sum(2), words.square().sum(1)[:, None] * context_squares)
-    return [tile.over_words(torch.sum, cosines * tile.word_weights)]
-
-
-def _patches_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
-    products, words, patches = _at_least_float32(tile.products, tile.word_embeds, tile.patch_embeds)
-    attention = nn.functional.leaky_relu(products, 0.1) * (tile.patch_weights > 0)
-    attention = attention / _norm(attention.square().sum(2, keepdim=True))
-    logits = (inverse_temperature * attention).masked_fill(tile.word_weights[..., None] == 0, -torch.inf)
-    attention = torch.cat([part.softmax(1).flatten(0, 1) for part in tile.by_length(logits)])
-    attended = [  # G a within each caption
-        (of_words @ of_words.mT @ a.flatten(2)).view_as(a)
-        for of_words, a in zip(tile.by_length(words), tile.by_length(attention), strict=True)
-    ]
-    context_squares = torch.cat([(g * a).sum(1) for g, a in zip(attended, tile.by_length(attention), strict=True)])
-    cosines = _cosine(tile.over_words(torch.sum, attention * products), patches.square().sum(2) * context_squares)
-    return [(cosines * tile.patch_weights).sum(2)]
-
-
-def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-
-
-def _norm(squares: Tensor) -> Tensor:
-    """Square root, and 1 for 0: a zero vector stays zero, and its gradient finite."""
-    return squares.masked_fill(squares == 0, 1).sqrt()
-
-
-def _cosine(overlaps: Tensor, squares: Tensor) -> Tensor:
-    """Inner products over the root of the product of both squared lengths; 0 where a length is 0."""
-    is_zero = squares <= 0
-    return (overlaps * squares.masked_fill(is_zero, 1).rsqrt()).masked_fill(is_zero, 0)
-
-
-_CROSS_ATTENTION = {"t2i": (_words_attend, 9.0), "i2t": (_patches_attend, 4.0)}
-
-
-def _check(patch_embeds, word_embeds, word_mask, patch_mask=None, patch_saliency=None, word_saliency=None, regions=None):
-    if patch_embeds.ndim != 3:
-        raise ValueError(f"`patch_embeds` must have shape (images, patches, features), got {tuple(patch_embeds.shape)}.")
-    num_images, num_patches, dim = patch_embeds.shape
-    if word_embeds.ndim != 3 or word_embeds.shape[2] != dim:
-        raise ValueError(
-            f"`word_embeds` must have shape (captions, words, {dim}) to match `patch_embeds`, "
-            f"got {tuple(word_embeds.shape)}."
-        )
-    if num_images == 0 or num_patches == 0 or 0 in word_embeds.shape[:2]:
-        raise ValueError(
-            "At least one image with a patch and one caption with a word are needed, got `patch_embeds` "
-            f"{tuple(patch_embeds.shape)} and `word_embeds` {tuple(word_embeds.shape)}."
-        )
-    word_shape, patch_shape = tuple(word_embeds.shape[:2]), (num_images, num_patches)
-    expected = (
-        ("word_mask", word_mask, word_shape, "Pass the `attention_mask` returned by GranAlignProcessor as bool."),
-        ("patch_mask", patch_mask, patch_shape, "It has one value for each patch."),
-        ("patch_saliency", patch_saliency, patch_shape, "It has one value for each patch."),
-        ("word_saliency", word_saliency, word_shape, "It has one value for each word."),
-    )
-    for name, tensor, shape, advice in expected:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}. {advice}")
-        if tensor is not None and name.endswith("mask") and tensor.dtype != torch.bool:
-            raise ValueError(f"`{name}` must be boolean (True = real token), got {tensor.dtype}. {advice}")
-    if regions is not None and (regions.ndim != 3 or regions.shape[::2] != (num_images, dim) or regions.shape[1] == 0):
-        raise ValueError(f"`region_embeds` must have shape ({num_images}, regions, {dim}), got {tuple(regions.shape)}.")
-    if patch_embeds.dtype != word_embeds.dtype:
-        raise ValueError(
-            f"`patch_embeds` and `word_embeds` must share a dtype, got {patch_embeds.dtype}, {word_embeds.dtype}."
-        )

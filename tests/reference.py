@@ -11,6 +11,7 @@ Equation numbers: GRM, "Cross Modal Fine-Grained Alignment via Granularity-Aware
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -405,6 +406,71 @@ def scan_score(
         query, attended = l2_normalise(torch.stack([queries[q], attended]))
         cosines.append(_dot(query, attended))
     return _mean(cosines)
+
+
+def laps_logits(
+    tokens: Any, gain: Any, shift: Any, W1: Any, b1: Any, W2: Any, b2: Any, scale: Any = 1.0, eps: float = 1e-5
+) -> Tensor:
+    """LAPS (CVPR 2024): scale * (W2 GELU(W1 LayerNorm(x) + b1) + b2) per patch; exact (erf) GELU.
+
+    `tokens` (Lv, D), `gain` and `shift` (D,) of the LayerNorm, `W1` (H, D), `b1` (H,), `W2` (M, H), `b2` (M,). Returns
+    (Lv, M). The `eps` under the root of the variance is part of the form: variances of unit-length tokens are about 1 / D.
+    """
+    gain, shift, W1, b1, W2, b2 = _f64(gain), _f64(shift), _f64(W1), _f64(b1), _f64(W2), _f64(b2)
+    rows = []
+    for token in _f64(tokens):
+        centred = token - sum(token) / len(token)
+        token = gain * centred / torch.sqrt(_dot(centred, centred) / len(token) + eps) + shift
+        hidden = []
+        for weight, bias in zip(W1, b1, strict=True):
+            x = _dot(weight, token) + bias
+            hidden.append(x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
+        logits = [_dot(weight, torch.stack(hidden)) + bias for weight, bias in zip(W2, b2, strict=True)]
+        rows.append(_f64(scale) * torch.stack(logits))
+    return torch.stack(rows)
+
+
+def laps_kept(words: Any, patches: Any, word_mask: Any = None, patch_mask: Any = None, keep_share: float = 0.5):
+    """LAPS: (kept, dropped, scores): positions of patches, highest score first, and the score of each position.
+
+    The score of a patch v is <v, g_v> + <v, g_t>, with the normalised means g_v of the real patches and g_t of the real
+    words. ceil(keep_share * number of real patches) are kept, of equal scores the lower position. No gradient flows
+    through a score. `keep_share` is the decimal as written: 0.07 of 100 are 7.
+    """
+    words, patches = _f64(words).detach(), _f64(patches).detach()
+    real_words, real_patches = _real(word_mask, len(words)), _real(patch_mask, len(patches))
+    centre = sum(patches[p] for p in real_patches) / len(real_patches)
+    caption = sum(words[w] for w in real_words) / len(real_words)
+    centre, caption = l2_normalise(torch.stack([centre, caption]))
+    scores = {p: _dot(patches[p], centre) + _dot(patches[p], caption) for p in real_patches}
+    ranked = sorted(real_patches, key=lambda p: (-scores[p], p))
+    num_kept = math.ceil(Fraction(str(keep_share)) * len(real_patches))
+    return ranked[:num_kept], ranked[num_kept:], scores
+
+
+def laps_score(
+    words: Any,
+    patches: Any,
+    logits: Any,
+    word_mask: Any = None,
+    patch_mask: Any = None,
+    keep_share: float = 0.5,
+) -> Tensor:
+    """LAPS (CVPR 2024): the caption selects patches, those become M + 1 tokens, matched by eq. 7. Returns a scalar.
+
+    Token m of M: the kept patches of `laps_kept`, weighted by the softmax of column m of `logits` (Lv, M) over them. The
+    last one: the dropped patches, weighted by the softmax of their scores; 0 without a dropped patch. Each is
+    L2-normalised, and zero stays zero.
+    """
+    words, patches, logits = _f64(words), _f64(patches), _f64(logits)
+    kept, dropped, scores = laps_kept(words, patches, word_mask, patch_mask, keep_share)
+    tokens = []
+    for column in logits.unbind(1):
+        weights = _softmax([column[p] for p in kept])
+        tokens.append(sum(weight * patches[p] for weight, p in zip(weights, kept, strict=True)))
+    weights = _softmax([scores[p] for p in dropped])
+    tokens.append(sum((w * patches[p] for w, p in zip(weights, dropped, strict=True)), torch.zeros_like(patches[0])))
+    return bidirectional_similarity(words, l2_normalise(torch.stack(tokens)), word_mask)
 
 
 def score_all_pairs(

@@ -202,7 +202,7 @@ def test_scan_attends_in_the_direction_of_the_config(draw_tokens, direction):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
-@pytest.mark.parametrize(("name", "pooling"), [variant for variant in VARIANTS if variant[0] != "grm"])
+@pytest.mark.parametrize(("name", "pooling"), [variant for variant in VARIANTS if variant[0] not in ("grm", "laps")])
 @pytest.mark.parametrize("seed", range(3))
 def test_baselines_equal_the_loops(draw_tokens, seed, name, pooling, dtype, tolerance):
     aligner, tokens = build(name, pooling, dtype), draw_tokens(seed, dtype=dtype)
@@ -213,6 +213,76 @@ def test_baselines_equal_the_loops(draw_tokens, seed, name, pooling, dtype, tole
     assert scores.dtype == dtype
     torch.testing.assert_close(scores.double(), expected[None], rtol=0, atol=tolerance)
     assert list(aligner.parameters()) == [] and aligner.regularisers(image) == {}
+
+
+# --- LAPS, a baseline with weights ---
+
+
+def laps_pair_score(aligner):
+    """One pair through the loops with the aligner's weights."""
+    norm, hidden, _, last = aligner.aggregation
+    weights = (norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight, last.bias, aligner.logit_scale)
+
+    def pair_score(words, patches, word_mask, patch_mask):
+        logits = reference.laps_logits(patches, *weights, eps=norm.eps)
+        return reference.laps_score(words, patches, logits, word_mask, patch_mask, aligner.keep_share)
+
+    return pair_score
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("keep_share", [0.5, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_laps_equals_the_loops_from_tokens_to_scores(draw_tokens, seed, keep_share, dtype, tolerance):
+    aligner, tokens = build("laps", dtype=dtype, patch_keep_share=keep_share), draw_tokens(seed, dtype=dtype)
+    image, text = describe(aligner, tokens)
+    scores = aligner.similarities(image, text)
+    inputs = {key: tokens[key] for key in ("patch_embeds", "word_embeds", "word_mask", "patch_mask")}
+    expected = reference.score_all_pairs(laps_pair_score(aligner), **inputs)
+    assert scores.dtype == dtype and image.patch_logits.shape == (3, 6, 3) and aligner.regularisers(image) == {}
+    torch.testing.assert_close(scores.double(), expected[None], rtol=0, atol=tolerance)
+
+
+def test_laps_has_the_gradients_of_the_loops(draw_tokens):
+    aligner, tokens = build("laps"), draw_tokens(4)
+    tokens = {key: tokens[key] for key in ("patch_embeds", "word_embeds", "word_mask", "patch_mask")}
+    found = []
+    for score in (
+        lambda leaves: aligner.similarities(*describe(aligner, leaves))[0],
+        lambda leaves: reference.score_all_pairs(laps_pair_score(aligner), **leaves),
+    ):
+        leaves = {key: t.clone().requires_grad_(key.endswith("embeds")) for key, t in tokens.items()}
+        wanted = [leaves["patch_embeds"], leaves["word_embeds"], *aligner.parameters()]
+        found.append(torch.autograd.grad(score(leaves).square().sum(), wanted))
+    for ours, loops in zip(*found, strict=True):
+        torch.testing.assert_close(ours, loops, rtol=0, atol=1e-11)
+        assert ours.any()
+
+
+def test_laps_starts_as_published_and_comes_back(tmp_path):
+    """The scale at 1; a hidden layer of a fifth of the width; every weight trained and saved."""
+    model = tiny_model(aligner="laps", num_regions=2, patch_keep_share=0.75)
+    assert model.aligner.logit_scale.tolist() == [1] and model.aligner.keep_share == 0.75
+    assert model.aligner.aggregation[1].weight.shape == (16 // 5, 16)
+    with torch.no_grad():
+        model.aligner.logit_scale.fill_(3.5)
+    model.train()(**tiny_inputs(), return_loss=True).loss.backward()
+    assert all(parameter.grad.any() for parameter in [*model.aligner.parameters()][:-1])
+    assert model.aligner.aggregation[-1].bias.grad.abs().max() < 1e-7  # a softmax does not see what all logits share
+    outputs = model.eval()(**tiny_inputs())
+    assert outputs.patch_logits.shape == (3, 16, 2) and outputs.patch_logits.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    again = GranAlignModel.from_pretrained(tmp_path)
+    assert again.aligner.logit_scale.tolist() == [3.5]
+    assert torch.equal(again(**tiny_inputs()).logits_per_image, outputs.logits_per_image)
+
+
+def test_laps_starts_the_same_from_the_checkpoint_of_another_aligner(tmp_path):
+    """What the checkpoint lacks is built without memory first, and must be filled."""
+    tiny_model(aligner="max_mean").save_pretrained(tmp_path)
+    aligner = GranAlignModel.from_pretrained(tmp_path, aligner="laps").aligner
+    assert aligner.logit_scale.tolist() == [1] and (aligner.aggregation[0].weight == 1).all()
+    assert not aligner.aggregation[-1].bias.any() and aligner.aggregation[-1].weight.std() > 0.1
 
 
 def test_max_pooling_ignores_padding_when_all_features_are_negative():
@@ -230,7 +300,7 @@ def test_max_pooling_ignores_padding_when_all_features_are_negative():
 
 
 def test_every_aligner_has_its_poolings():
-    assert set(ALIGNERS) == set(POOLINGS) == {"grm", "max_mean", "chan", "scan", "vse++"}
+    assert set(ALIGNERS) == set(POOLINGS) == {"grm", "max_mean", "chan", "scan", "laps", "vse++"}
 
 
 @pytest.mark.parametrize(("name", "pooling"), VARIANTS)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from granalign_hf.modeling.attention import cross_attention
 from granalign_hf.modeling.regions import sample_regions
-from granalign_hf.modeling.similarity import cross_attention, hard_alignment, level_similarities, token_similarity
+from granalign_hf.modeling.similarity import hard_alignment, level_similarities, token_similarity
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 

@@ -15,6 +15,7 @@ OWN_FIELDS = {  # name -> default; a change here is a change for every user
     "projection_type": "linear",
     "num_regions": 5,
     "attention_direction": "t2i",
+    "patch_keep_share": 0.5,
     "patch_dropout": 0.0,
     "use_patch_adapter": True,
     "use_word_adapter": True,
@@ -49,7 +50,7 @@ def test_field_names_and_defaults_are_frozen():
     [
         (
             {"aligner": "scan++"},
-            r"`aligner` must be one of \['chan', 'grm', 'max_mean', 'scan', 'vse\+\+'\], got 'scan\+\+'",
+            r"`aligner` must be one of \['chan', 'grm', 'laps', 'max_mean', 'scan', 'vse\+\+'\], got 'scan\+\+'",
         ),
         ({"pooling": "max"}, r"`pooling` of the aligner 'grm' must be one of \('mean',\), got 'max'"),
         ({"aligner": "chan", "pooling": "max"}, r"`pooling` of the aligner 'chan' .* got 'max'"),
@@ -57,6 +58,10 @@ def test_field_names_and_defaults_are_frozen():
         ({"aligner": "max_mean", "pooling": "max"}, r"`pooling` of the aligner 'max_mean'"),
         ({"projection_type": "cnn"}, "`projection_type` must be one of .* got 'cnn'"),
         ({"attention_direction": "up"}, "`attention_direction` must be one of .* got 'up'"),
+        ({"aligner": "laps", "pooling": "max"}, r"`pooling` of the aligner 'laps' must be one of \('mean',\), got 'max'"),
+        ({"patch_keep_share": 0}, r"`patch_keep_share` must lie in \(0, 1\], got 0"),
+        ({"patch_keep_share": 1.1}, r"`patch_keep_share` must lie in \(0, 1\], got 1.1"),
+        ({"patch_keep_share": float("nan")}, r"`patch_keep_share` must lie in \(0, 1\], got nan"),
         ({"patch_dropout": 1.0}, r"`patch_dropout` must lie in \[0, 1\), got 1.0"),
         ({"num_regions": 0}, "`num_regions` must be at least 1, got 0"),
         ({"projection_dim": -4}, "`projection_dim` must be at least 1, got -4"),
@@ -92,6 +97,7 @@ def test_a_value_out_of_range_is_named(fields, message):
         {"num_regions": 5.0},
         {"num_regions": True},
         {"projection_dim": None},
+        {"patch_keep_share": "half"},
         {"margin": "0.2"},
         {"kl_weight": [0.1]},
         {"level_weights": 0.4},
@@ -127,6 +133,7 @@ def test_json_round_trip(tmp_path):
     values = {
         "aligner": "chan",
         "pooling": "logsumexp",
+        "patch_keep_share": 0.25,
         "projection_dim": 24,
         "num_regions": 7,
         "level_weights": (1, 0, 0),

@@ -240,7 +240,7 @@ def test_tokenizer_without_offsets_is_refused():
 
 @pytest.mark.parametrize(
     ("aligner", "pooling"),
-    [("grm", "mean"), ("max_mean", "mean"), ("chan", "logsumexp"), ("vse++", "max"), ("vse++", "mean")],
+    [("grm", "mean"), ("max_mean", "mean"), ("chan", "logsumexp"), ("laps", "mean"), ("vse++", "max"), ("vse++", "mean")],
 )
 def test_align(aligner, pooling):
     level_weights = [0.1, 0.7, 0.2]

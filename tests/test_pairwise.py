@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from granalign_hf.modeling.pairwise import Tokens, score_all_pairs
+from granalign_hf.modeling.pairwise import score_all_pairs
+from granalign_hf.modeling.tiles import Tokens
 
 LENGTHS = (5, 1, 9, 2, 9, 3, 4, 12)
 WORD_MASK = torch.arange(12) < torch.tensor(LENGTHS)[:, None]

@@ -13,6 +13,7 @@ from tiny import TEXT, region_model_and_processor, tiny_inputs
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, BertModel
 
 from granalign_hf import GranAlignConfig, GranAlignModel
+from granalign_hf.modeling.aligners import ALIGNERS
 from granalign_hf.modeling.region_features import RegionFeaturesConfig, RegionFeaturesModel, RegionFeaturesProcessor
 from granalign_hf.training import evaluate, train
 from granalign_hf.training.build import word_tokenizer
@@ -85,7 +86,7 @@ def test_sizes_below_1_are_refused(name):
         RegionFeaturesConfig(**{name: 0})
 
 
-@pytest.mark.parametrize("aligner", ["grm", "chan", "scan", "vse++", "max_mean"])
+@pytest.mark.parametrize("aligner", [*ALIGNERS])
 def test_every_aligner_scores_the_boxes(aligner):
     model, processor = region_model_and_processor(aligner=aligner, patch_dropout=0.5)
     inputs = processor(images=THREE, text=["a dog", "the cat", "on"], return_tensors="pt")

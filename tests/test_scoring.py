@@ -77,7 +77,9 @@ def test_any_batch_size_gives_the_same(tmp_path):
         check_same(measured(tmp_path / "scores", batch_size), expected)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_region_prompts": False}, {"aligner": "chan"}, {"aligner": "vse++"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_region_prompts": False}, {"aligner": "chan"}, {"aligner": "laps"}, {"aligner": "vse++"}]
+)
 def test_any_blocks_give_the_same(tmp_path, monkeypatch, fields):
     expected = measured(tmp_path / "scores", 5, tiny_model(**fields))
     monkeypatch.setattr(scoring, "IMAGES_PER_BLOCK", 100)

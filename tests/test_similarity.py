@@ -5,13 +5,12 @@ from itertools import combinations
 import pytest
 import reference
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from granalign_hf.modeling import product
+from granalign_hf.modeling.attention import cross_attention
 from granalign_hf.modeling.losses import contrastive_hinge
 from granalign_hf.modeling.pairwise import SPARSE_SHARE
-from granalign_hf.modeling.similarity import cross_attention, hard_alignment, level_similarities, token_similarity
+from granalign_hf.modeling.similarity import hard_alignment, level_similarities, token_similarity
 
 FLOAT_INPUTS = ("patch_embeds", "word_embeds", "patch_saliency", "word_saliency", "region_embeds")
 TOKENS = ("patch_embeds", "word_embeds", "word_mask", "patch_mask")  # what CHAN takes
@@ -89,49 +88,6 @@ def test_hard_alignment_equals_the_loops(draw_tokens, seed, pooling, dtype):
     assert scores.dtype == dtype
     expected = reference.score_all_pairs(pair_score, **tokens)
     torch.testing.assert_close(scores.double(), expected, rtol=0, atol=TOLERANCE[dtype])
-
-
-def scan_by_loops(tokens, direction, inverse_temperature):
-    """SCAN pair by pair: the roles of words and patches exchanged for i2t."""
-
-    def pair_score(words, patches, word_mask, patch_mask):
-        if direction == "t2i":
-            return reference.scan_score(words, patches, word_mask, patch_mask, inverse_temperature)
-        return reference.scan_score(patches, words, patch_mask, word_mask, inverse_temperature)
-
-    return reference.score_all_pairs(pair_score, **tokens)
-
-
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("has_holes", [True, False])
-@pytest.mark.parametrize(("direction", "inverse_temperature"), [("t2i", 9.0), ("i2t", 4.0)])
-@pytest.mark.parametrize("seed", range(3))
-def test_cross_attention_equals_the_loops(draw_tokens, seed, direction, inverse_temperature, has_holes, dtype):
-    tokens = {name: t for name, t in draw_tokens(seed, has_holes=has_holes, dtype=dtype).items() if name in TOKENS}
-    scores = cross_attention(**tokens, direction=direction)
-    assert scores.dtype == dtype
-    expected = scan_by_loops(tokens, direction, inverse_temperature)
-    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=TOLERANCE[dtype])
-    sharper = cross_attention(**tokens, direction=direction, inverse_temperature=2 * inverse_temperature)
-    torch.testing.assert_close(
-        sharper.double(), scan_by_loops(tokens, direction, 2 * inverse_temperature), rtol=0, atol=TOLERANCE[dtype]
-    )
-
-
-@pytest.mark.parametrize("direction", ["t2i", "i2t"])
-def test_cross_attention_has_the_gradients_of_the_loops(draw_tokens, direction):
-    """By tiles of any size; tokens of length 0 have no direction and no gradient, and what is masked has none either."""
-    tokens = {name: t for name, t in draw_tokens(3).items() if name in TOKENS}
-    tokens["patch_embeds"][0, tokens["patch_mask"][0].nonzero()[0]] = 0
-    weights = torch.rand(len(tokens["patch_embeds"]), len(tokens["word_embeds"]), dtype=torch.float64)
-    ours, loops = with_grad(tokens), with_grad(tokens)
-    (cross_attention(**ours, direction=direction, memory_budget=400) * weights).sum().backward()
-    (scan_by_loops(loops, direction, {"t2i": 9.0, "i2t": 4.0}[direction]) * weights).sum().backward()
-    for name, gradient in grads(ours).items():
-        expected = loops[name].grad
-        at_zero = (tokens[name] == 0).all(-1)  # the loops' gradient of a length is not defined there
-        torch.testing.assert_close(gradient[~at_zero], expected[~at_zero], rtol=0, atol=1e-11)
-        assert gradient.isfinite().all()
 
 
 def test_ragged_captions_score_as_if_alone(draw_tokens):
@@ -305,27 +261,6 @@ def test_a_memory_budget_changes_float32_scores_by_rounding_only():
         torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-6 * exact.abs().max().item())
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation within it returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.largest = max(self.largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)), 0)
-        return out
-
-
-@pytest.mark.parametrize("direction", ["t2i", "i2t"])
-def test_cross_attention_of_one_caption_needs_no_gram_matrix_of_every_image(draw_tokens, direction):
-    """One short caption leaves room for many images in a tile, whose Gram matrices would be larger than all else."""
-    tokens = draw_tokens(1, images=40, captions=1, patches=64, words=2, dim=4, has_holes=False, dtype=torch.float32)
-    plain = [tokens[name] for name in TOKENS[:3]]
-    with LargestTensor() as mode:
-        cross_attention(*plain, direction=direction)
-    assert mode.largest <= tokens["patch_embeds"].numel()
-
-
 @pytest.mark.parametrize("score", [token_similarity, level_similarities, hard_alignment, cross_attention])
 def test_autocast_changes_nothing(draw_tokens, score):
     plain, cast = (
@@ -494,20 +429,6 @@ def test_hard_alignment_names_a_bad_input(draw_tokens, changes, message):
     tokens = {name: t for name, t in draw_tokens(22, dtype=torch.float32).items() if name in TOKENS}
     with pytest.raises(ValueError, match=message):
         hard_alignment(**(tokens | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"direction": "both"}, r"`direction` of the cross-attention must be one of \['i2t', 't2i'\], got 'both'"),
-        ({"inverse_temperature": 0.0}, "`inverse_temperature` must be greater than 0, got 0.0"),
-        ({"word_mask": torch.ones(2, 2, dtype=torch.bool)}, "`word_mask` must have shape"),
-    ],
-)
-def test_cross_attention_names_a_bad_input(draw_tokens, changes, message):
-    tokens = {name: t for name, t in draw_tokens(22).items() if name in TOKENS}
-    with pytest.raises(ValueError, match=message):
-        cross_attention(**(tokens | changes))
 
 
 # --- Graphs and kernels ---

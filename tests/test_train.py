@@ -362,7 +362,7 @@ def test_batch_larger_than_the_data_is_refused(tmp_path):
         train.main([*TINY, "--output_dir", str(tmp_path), "--batch_size", "800"])
 
 
-@pytest.mark.parametrize("aligner", [["chan"], ["vse++", "--pooling", "max"], ["max_mean"]], ids=lambda a: a[0])
+@pytest.mark.parametrize("aligner", [["chan"], ["laps"], ["vse++", "--pooling", "max"], ["max_mean"]], ids=lambda a: a[0])
 def test_the_other_aligners_train_too(tmp_path, aligner):
     state = train.main([*TINY, "--output_dir", str(tmp_path), "--aligner", *aligner, "--epochs", "1"])
     assert math.isfinite(state["history"][0]["loss"])

@@ -34,7 +34,9 @@ from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.features import TokenFeatures, fingerprint
 
-IMAGE_FIELDS = ("patch_embeds", "patch_mask", "patch_saliency", "region_assignment", "region_means", "region_embeds")
+IMAGE_FIELDS = (
+    "patch_embeds", "patch_mask", "patch_saliency", "patch_logits", "region_assignment", "region_means", "region_embeds"
+)  # fmt: skip
 TEXT_FIELDS = ("word_embeds", "word_mask", "word_saliency")
 IMAGES_PER_BLOCK = 128
 CAPTIONS_PER_BLOCK = 512

@@ -28,9 +28,10 @@ from peers import (
 )
 from torch import Tensor
 
+from granalign_hf.modeling.attention import cross_attention
 from granalign_hf.modeling.losses import contrastive_hinge
 from granalign_hf.modeling.regions import sample_regions
-from granalign_hf.modeling.similarity import cross_attention, hard_alignment, level_similarities, token_similarity
+from granalign_hf.modeling.similarity import hard_alignment, level_similarities, token_similarity
 
 CASES = ((64, 64, 196, 512), (128, 128, 49, 512), (64, 64, 576, 512), (256, 256, 196, 512))  # images, captions, patches, d
 NUM_REGIONS = 5
