@@ -16,6 +16,7 @@ from .modeling.modeling_granalign import (
     GranAlignTextOutput,
 )
 from .modeling.processing_granalign import GranAlignProcessor
+from .modeling.region_features import RegionFeaturesProcessor
 from .modeling.similarity import token_similarity
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ AutoProcessor.register(GranAlignConfig, GranAlignProcessor, exist_ok=True)
 GranAlignConfig.register_for_auto_class()
 GranAlignModel.register_for_auto_class("AutoModel")
 GranAlignProcessor.register_for_auto_class("AutoProcessor")
+RegionFeaturesProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
     "GranAlignConfig",

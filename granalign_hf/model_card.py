@@ -103,6 +103,7 @@ def write_model_card(
         "model_id": repo_id or folder.name,
         "description": DESCRIPTIONS.get(aligner, f"Image-text alignment with the aligner `{aligner}`."),
         "encoders": _encoder_section(config, training),
+        **_image_code(config),
         "results": _result_section(evaluations),
         "training": _training_section(training, folder),
         "data": _data_section(training, data_notes, license),
@@ -237,6 +238,15 @@ def _encoder_section(config: dict[str, Any], training: dict[str, Any]) -> str:
         name = _encoder_name(training.get("encoders", {}).get(side, "not recorded"))
         names[side] = f"{side} {name} ({config.get(f'{side}_config', {}).get('model_type', 'type not recorded')})"
     return ", ".join(names.values())
+
+
+def _image_code(config: dict[str, Any]) -> dict[str, str]:
+    """How the example has its image: a picture, or the features of its regions."""
+    vision = config.get("vision_config", {})
+    if vision.get("model_type") != "region_features":
+        return {"image_kind": "", "image_import": "from PIL import Image", "image": 'Image.open("photo.jpg")'}
+    kind = f", given as the features of {vision['num_boxes']} regions with {vision['hidden_size']} numbers each"
+    return {"image_kind": kind, "image_import": "import numpy as np", "image": 'np.load("features.npy")'}
 
 
 def _result_section(evaluations: Sequence[dict[str, Any]]) -> str:

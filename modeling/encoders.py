@@ -15,6 +15,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
+from .gru_encoder import GRUEncoderConfig  # noqa: F401  two encoders of our own, which register themselves
+from .region_features import RegionFeaturesConfig  # noqa: F401
+
 logger = logging.get_logger(__name__)
 
 # Tokens before the patches: class token, distillation token, pooled token (the last for DINOv3-ConvNeXt).

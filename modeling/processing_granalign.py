@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, BatchFeature, PreTrainedConfig
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import is_numpy_array, is_torch_tensor, logging
@@ -22,7 +22,7 @@ class GranAlignProcessor(ProcessorMixin):
     Rules for images: a path is read. A picture is turned as its EXIF tag says, and any mode becomes RGB: grey is repeated,
     transparency dropped, 16-bit grey scaled to 8 bits. An array of bytes is a grey or colour image with the channels last;
     other arrays and tensors go to the image processor, which takes their values as 0 to 255: pass `do_rescale=False` for
-    values in 0 to 1.
+    values in 0 to 1. A [`RegionFeaturesProcessor`] gets the features of regions in the place of images, as they are.
 
     Rules for captions: they are padded to the longest, and truncated, with a warning, to the `model_max_length` of the
     tokenizer, which is what the text encoder takes. A truncation saved with the tokenizer does not count.
@@ -39,7 +39,8 @@ class GranAlignProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            images: a PIL image, path, array or tensor, or a list of them. text: a caption or a list of captions.
+            images: a PIL image, path, array or tensor, or a list of them; for a [`RegionFeaturesProcessor`] the features of
+                regions, (boxes, features) an image. text: a caption or a list of captions.
             kwargs: as in any `ProcessorMixin`, such as `return_tensors="pt"`.
 
         Returns:
@@ -53,7 +54,7 @@ class GranAlignProcessor(ProcessorMixin):
         if text is not None:
             _check_captions(text)
             kwargs = self._with_max_length(kwargs)
-        if images is not None:
+        if images is not None and getattr(self.image_processor, "reads_pictures", True):
             images = _read_images(images)
             self._warn_of_scaled_pixels(images, kwargs)
         features = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -132,14 +133,21 @@ class GranAlignProcessor(ProcessorMixin):
         Raises:
             ValueError: the tokenizer has no vocabulary.
         """
-        tokenizer = load_tokenizer(text_model_name_or_path)
-        if text_config is None:
-            with contextlib.suppress(OSError, ValueError):  # a tokenizer without a model beside it
-                text_config = side_config(text_model_name_or_path, "text_config")
-        longest = None if text_config is None else max_caption_length(text_config)
-        if longest is not None:
-            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+        tokenizer = encoder_tokenizer(text_model_name_or_path, text_config)
         return cls(AutoImageProcessor.from_pretrained(vision_model_name_or_path), tokenizer)
+
+
+def encoder_tokenizer(name_or_path: str, text_config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a text encoder, which never returns more than that takes; see
+    [`GranAlignProcessor.from_vision_text_pretrained`]."""
+    tokenizer = load_tokenizer(name_or_path)
+    if text_config is None:
+        with contextlib.suppress(OSError, ValueError):  # a tokenizer without a model beside it
+            text_config = side_config(name_or_path, "text_config")
+    longest = None if text_config is None else max_caption_length(text_config)
+    if longest is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    return tokenizer
 
 
 def _check_captions(text: Any) -> None:

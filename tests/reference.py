@@ -50,6 +50,34 @@ def _softmax(logits: Sequence[Tensor]) -> list[Tensor]:
     return [exponential / sum(exponentials) for exponential in exponentials]
 
 
+# --- The bidirectional GRU of SCAN, VSE++ and CHAN ---
+
+
+def bidirectional_gru(words: Any, weights: dict[str, Tensor]) -> Tensor:
+    """The mean of both directions at each word, (Lt, D) -> (Lt, H).
+
+    Args:
+        weights: those of a `torch.nn.GRU` of one layer by name, its gates in the order reset, update, new.
+    """
+    words = list(_f64(words))
+    directions = []
+    for suffix, sequence in (("", words), ("_reverse", words[::-1])):
+        w_in, w_state, b_in, b_state = (
+            _f64(weights[f"{kind}_l0{suffix}"]) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        state, states = torch.zeros(w_state.shape[1], dtype=torch.float64), []
+        for word in sequence:
+            reset_in, update_in, new_in = (w_in @ word + b_in).chunk(3)
+            reset_state, update_state, new_state = (w_state @ state + b_state).chunk(3)
+            reset = torch.sigmoid(reset_in + reset_state)
+            update = torch.sigmoid(update_in + update_state)
+            new = torch.tanh(new_in + reset * new_state)
+            state = (1 - update) * new + update * state
+            states.append(state)
+        directions.append(states[::-1] if suffix else states)
+    return torch.stack([(forward + backward) / 2 for forward, backward in zip(*directions, strict=True)])
+
+
 # --- Tokens, saliency (eq. 1) ---
 
 

@@ -26,13 +26,13 @@ RECIPES = [path for path in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")) if not 
 COMMAND_LINE = """
 aligner attention_direction batch_size caption_augmentation caption_column caption_noise captions_per_image checkpoint
 crop_scale data_notes dataset dataset_config encoder_lr_factor entropy_weight epochs eval_batch_size eval_interval
-freeze_encoders image_column image_folder image_id_column kl_weight learning_rate level_weights lr_gamma lr_milestones
-lr_scheduler lr_warmup_share margin matmul_precision max_eval_images max_grad_norm max_train_images mixed_precision
-notes num_prefix_tokens num_regions num_scenes num_workers output_dir patch_dropout patch_keep_share patch_pool_size
-pooling projection_dim projection_type reconstruction_weight region_logit_scale report_to resume saliency_temperature
-seed special_token_ids split_column text_config text_encoder train_split use_patch_adapter use_prefix_tokens
-use_region_prompts use_region_uncertainty use_special_tokens use_word_adapter validation_split vision_config
-vision_encoder warmup_epochs weight_decay
+features_column freeze_encoders image_column image_folder image_id_column kl_weight learning_rate level_weights
+lr_gamma lr_milestones lr_scheduler lr_warmup_share margin matmul_precision max_eval_images max_grad_norm
+max_train_images mixed_precision notes num_prefix_tokens num_regions num_scenes num_workers output_dir patch_dropout
+patch_keep_share patch_pool_size pooling projection_dim projection_type reconstruction_weight region_logit_scale
+report_to resume saliency_temperature seed special_token_ids split_column text_config text_encoder train_split
+use_patch_adapter use_prefix_tokens use_region_prompts use_region_uncertainty use_special_tokens use_word_adapter
+validation_split vision_config vision_encoder warmup_epochs weight_decay
 """.split()
 
 
@@ -122,10 +122,6 @@ def test_every_scheduler_lowers_or_keeps_the_rate(name):
         ),
         (["--checkpoint", "a", "--text_encoder", "b"], "the text side has 2 sources, checkpoint .on the command line. and"),
         (
-            ["--vision_encoder", "somewhere"],
-            "vision_encoder .on the command line. and text_config .in .*demo-scenes.yaml.: both encoders must be",
-        ),
-        (
             ["--learning_rate", "-1", "--lr_gamma", "nan"],
             "learning_rate must be greater than 0 .*got -1.0; lr_gamma must be",
         ),
@@ -192,6 +188,13 @@ def test_sources_on_the_command_line_replace_those_of_the_recipe(tmp_path):
     assert run.checkpoint == "other" and fields == {"margin": 0.1}
     run, fields, _ = parse_arguments([str(recipe), "--vision_encoder", "a", "--text_encoder", "b"])
     assert run.checkpoint is None and fields == {"margin": 0.1}
+
+
+def test_one_side_may_be_pretrained_and_the_other_from_scratch():
+    run = parse_arguments(["--vision_encoder", "somewhere"])[0]
+    assert run.vision_config is None and json.loads(run.text_config)["model_type"] == "modernbert"
+    run = parse_arguments(["--text_encoder", "somewhere"])[0]
+    assert run.text_config is None and json.loads(run.vision_config)["model_type"] == "resnet"
 
 
 def test_a_checkpoint_on_the_command_line_replaces_the_model_of_the_recipe():

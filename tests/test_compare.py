@@ -11,6 +11,7 @@ import yaml
 from granalign_hf.evaluation import RetrievalRanks, paired_bootstrap, paired_bootstrap_of_runs, ranks_to_metrics
 from granalign_hf.training import compare
 
+PROTOCOLS = ("flickr30k-1k", "coco-1k-5fold", "coco-5k")
 INDEX = np.repeat(np.arange(40), 2)
 
 
@@ -164,9 +165,11 @@ def test_published_figures_are_whole():
         (protocol, backbone): compare.published_rsum(
             protocol, backbone, {name: name for name in ("SCAN", "VSE++", "CHAN", "GRM")}
         )
-        for protocol in ("flickr30k-1k", "coco-1k-5fold", "coco-5k")
+        for protocol in PROTOCOLS
         for backbone in ("ViT-B-224", "ViT-B-384", "Swin-B-224", "Swin-B-384")
     }
+    regions = [compare.published_rsum(p, "Regions-BERT", {"vse": "VSE++", "chan": "CHAN"}) for p in PROTOCOLS]
+    assert regions[0] == {"vse": 513.5, "chan": 518.5} and all(rsum["chan"] > rsum["vse"] for rsum in regions)
     for (protocol, backbone), rsum in tables.items():
         assert max(rsum, key=rsum.get) == "GRM"
         if protocol == "coco-5k":

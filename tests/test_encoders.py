@@ -296,7 +296,8 @@ def test_text_encoders_are_saved_and_loaded(text, tmp_path):
     model = tiny_model(text=text)
     loaded = saved_and_loaded(model, tmp_path)
     assert is_equal(loaded.state_dict(), model.state_dict())
-    assert torch.equal(loaded(**tiny_inputs()).logits_per_image, model(**tiny_inputs()).logits_per_image)
+    scores = [m(**tiny_inputs()).logits_per_image for m in (loaded, model)]
+    torch.testing.assert_close(*scores, atol=1e-6, rtol=0)  # a GRU rounds by where its weights lie in memory
 
 
 def test_encoders_have_the_dtype_of_the_model_and_not_of_their_own_weights():

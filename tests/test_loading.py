@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_model, tiny_processor
+from tiny import region_model_and_processor, tiny_model, tiny_processor
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
@@ -64,6 +64,28 @@ torch.save((scores, answers), f"{out}/answers.pt")
 """
 
 
+LOAD_REGIONS = """
+import warnings
+warnings.simplefilter("error")
+import torch, sys
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+
+folder, out, captions = sys.argv[1], sys.argv[2], sys.argv[3:]
+image_processor = AutoImageProcessor.from_pretrained(folder, **code)
+processor = AutoProcessor.from_pretrained(folder, **code)
+model = AutoModel.from_pretrained(folder, **code)
+things = (image_processor, processor.image_processor, model.vision_model, model.text_model, model, processor)
+assert all(type(thing).__module__.startswith(home) for thing in things), [type(thing) for thing in things]
+inputs = processor(images=torch.load(f"{folder}/features.pt"), text=captions, return_tensors="pt")
+model.save_pretrained(f"{out}/again")
+processor.save_pretrained(f"{out}/again")
+again = AutoModel.from_pretrained(f"{out}/again", **code)
+with torch.no_grad():
+    scores = [m(**inputs).logits_per_image for m in (model, again)]
+torch.save(scores, f"{out}/scores.pt")
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A complete checkpoint, and beside it the image and the scores that it gave before it was saved."""
@@ -107,11 +129,7 @@ def test_saved_code_is_the_code(folder):
 
 @pytest.mark.parametrize("start", [WITH_PACKAGE, WITHOUT_PACKAGE], ids=["with the package", "without the package"])
 def test_loaded_in_a_fresh_process(folder, tmp_path, start):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", start + LOAD, str(folder), str(tmp_path), *CAPTIONS]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = run_in_a_fresh_process(start + LOAD, folder, tmp_path)
     assert "is not supported for" not in run.stderr  # what a pipeline says of a class that it does not know
     scores, answers = torch.load(tmp_path / "answers.pt")
     expected = torch.load(folder / "scores.pt")
@@ -123,6 +141,33 @@ def test_loaded_in_a_fresh_process(folder, tmp_path, start):
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == CODE
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["auto_map"] == json.loads((folder / "config.json").read_text())["auto_map"]
+
+
+@pytest.mark.parametrize("start", [WITH_PACKAGE, WITHOUT_PACKAGE], ids=["with the package", "without the package"])
+def test_a_checkpoint_on_region_features_in_a_fresh_process(tmp_path, start):
+    """Its encoders are classes of this code too, which the checkpoint brings."""
+    model, processor = region_model_and_processor()
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    assert {path.name for path in folder.glob("*.py")} == CODE
+    features = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    torch.save(features, folder / "features.pt")
+    with torch.no_grad():
+        expected = model(**processor(images=features, text=CAPTIONS, return_tensors="pt")).logits_per_image
+    run_in_a_fresh_process(start + LOAD_REGIONS, folder, tmp_path)
+    for scores in torch.load(tmp_path / "scores.pt"):
+        torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)  # a GRU rounds by where its weights lie in memory
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == CODE
+
+
+def run_in_a_fresh_process(script: str, folder: Path, out: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"HF_HOME": str(out / "home"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", script, str(folder), str(out), *CAPTIONS]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run
 
 
 def test_auto_classes_and_pipeline_in_this_process(folder):

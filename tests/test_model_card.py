@@ -4,10 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import tiny_model, tiny_processor
+from tiny import region_model_and_processor, tiny_model, tiny_processor
 
 from granalign_hf.model_card import DESCRIPTIONS, write_model_card
 from granalign_hf.modeling.aligners import ALIGNERS
@@ -318,6 +319,20 @@ def test_the_code_of_a_card_runs(tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 3
+    assert capsys.readouterr().out.strip() in names["captions"]
+
+
+def test_the_code_of_a_card_of_region_features_runs(tmp_path, monkeypatch, capsys):
+    model, processor = region_model_and_processor()
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    np.save(tmp_path / "features.npy", np.ones((4, 6), np.float32))
+    card = card_of(tmp_path / "checkpoint")
+    assert "a photograph, given as the features of 4 regions with 6 numbers each:" in card
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(block, names)
     assert capsys.readouterr().out.strip() in names["captions"]
 
 

@@ -7,6 +7,8 @@ import transformers as tf
 from transformers import BertTokenizer, PreTrainedConfig, ViTImageProcessorPil
 
 from granalign_hf import GranAlignConfig, GranAlignModel, GranAlignProcessor
+from granalign_hf.modeling.gru_encoder import GRUEncoderConfig
+from granalign_hf.modeling.region_features import RegionFeaturesConfig, RegionFeaturesProcessor
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
 PATCHES = WIDTHS | {"patch_size": 4, "image_size": 16}
@@ -57,6 +59,7 @@ TEXT = {
     "clip_text": lambda: tf.CLIPTextConfig(max_position_embeddings=40, **SPECIAL, **WIDTHS, **WORDS),
     "mpnet": lambda: tf.MPNetConfig(max_position_embeddings=42, **WIDTHS, **WORDS),
     "electra": lambda: tf.ElectraConfig(max_position_embeddings=40, embedding_size=16, **WIDTHS, **WORDS),
+    "gru": lambda: GRUEncoderConfig(embedding_size=16, hidden_size=32, max_position_embeddings=40, **WORDS),
 }
 
 WORD_LIST = "a the red blue green dog cat square circle ##s and of on"
@@ -86,6 +89,13 @@ def tiny_inputs(num_images=3, num_captions=3, num_words=7, image_size=(16, 16), 
 
 def tiny_tokenizer(**kwargs) -> BertTokenizer:
     return BertTokenizer(vocab={word: number for number, word in enumerate(VOCABULARY)}, **kwargs)
+
+
+def region_model_and_processor(**fields) -> tuple[GranAlignModel, GranAlignProcessor]:
+    """On features of 4 boxes with 6 numbers each."""
+    sizes = {"num_boxes": 4, "hidden_size": 6}
+    model = tiny_model(RegionFeaturesConfig(**sizes), TEXT["gru"](), **fields)
+    return model, GranAlignProcessor(RegionFeaturesProcessor(**sizes), tiny_tokenizer())
 
 
 def tiny_processor(**kwargs) -> GranAlignProcessor:

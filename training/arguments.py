@@ -80,13 +80,16 @@ class DataArguments:
     )
     image_column: str | None = setting(None, "Column of the image. Default: the first image column.")
     image_folder: str | None = setting(None, "Folder of the pictures, where the data set has their file names only.")
+    features_column: str | None = setting(
+        None, "Column of the features of regions. Default: `features`, where there is no column of images."
+    )
     caption_column: str | None = setting(None, "Column of the caption or captions. Default: found by name.")
     image_id_column: str | None = setting(None, "Column that names the image. Default: found by name.")
 
     @property
     def load_options(self) -> dict[str, str | None]:
         """The keyword arguments of `load_split`."""
-        names = ("split_column", "image_column", "image_folder", "caption_column", "image_id_column")
+        names = ("split_column", "image_column", "image_folder", "features_column", "caption_column", "image_id_column")
         return {"config": self.dataset_config, **{name: getattr(self, name) for name in names}}
 
 
@@ -127,7 +130,10 @@ class RunArguments(DataArguments):
     weight_decay: float = setting(1e-4, "Weight decay of matrices.")
     max_grad_norm: float = setting(2.0, "Gradient norm above which gradients are scaled down.")
     warmup_epochs: int = setting(1, "Epochs over all negatives before hardest negatives.")
-    crop_scale: float = setting(0.6, "Smallest share of an image that a random crop keeps; 1 switches crop and flip off.")
+    crop_scale: float = setting(
+        0.6,
+        "Smallest share of a picture that a random crop keeps; 1 switches crop and flip off, as features of regions need.",
+    )
     caption_augmentation: float = setting(0.2, "Share of the caption tokens that are masked, replaced or deleted.")
 
     caption_noise: float = setting(0.0, "Share of the training captions that change places, to see what wrong pairs do.")
@@ -238,10 +244,6 @@ def _source_problems(run: RunArguments, where: Callable[[str], str]) -> list[str
         elif not sources:
             choice = f"{side}_encoder (pretrained), {side}_config (from scratch) or, for both sides, a checkpoint"
             problems.append(f"the {side} side has no source: give {choice}")
-    if not problems and (run.vision_encoder is None) != (run.text_encoder is None):
-        both = ("vision_encoder", "text_config") if run.vision_encoder else ("vision_config", "text_encoder")
-        sources = [f"{name} ({where(name)})" for name in both]
-        problems.append(f"{' and '.join(sources)}: both encoders must be pretrained, or both from scratch")
     return problems
 
 

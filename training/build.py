@@ -1,15 +1,18 @@
-"""A new model and processor from run settings: on pretrained encoders, or on small ones to train from scratch."""
+"""A new model and processor from run settings: each side on a pretrained encoder, or on one to train from scratch."""
 
 from __future__ import annotations
 
 import json
 import re
 
-from transformers import AutoConfig, BertTokenizer, ViTImageProcessor
+import torch
+from transformers import AutoConfig, AutoImageProcessor, BertTokenizer, PreTrainedConfig, ViTImageProcessor
 
 from granalign_hf.modeling.configuration_granalign import GranAlignConfig
+from granalign_hf.modeling.encoders import load_encoder, special_token_ids
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
-from granalign_hf.modeling.processing_granalign import GranAlignProcessor
+from granalign_hf.modeling.processing_granalign import GranAlignProcessor, encoder_tokenizer
+from granalign_hf.modeling.region_features import RegionFeaturesConfig, RegionFeaturesProcessor
 from granalign_hf.training.arguments import RunArguments, resolve
 
 
@@ -25,20 +28,35 @@ def build(run: RunArguments, fields: dict, captions: list[str]) -> tuple[GranAli
     """
     if run.checkpoint:
         return GranAlignModel.from_pretrained(run.checkpoint, **fields), GranAlignProcessor.from_pretrained(run.checkpoint)
-    if run.vision_encoder and run.text_encoder:
-        vision, text = resolve(run.vision_encoder), resolve(run.text_encoder)
-        model = GranAlignModel.from_vision_text_pretrained(vision, text, **fields)
-        return model, GranAlignProcessor.from_vision_text_pretrained(vision, text, model.config.text_config)
-    tokenizer = word_tokenizer(captions)
-    vision_config = AutoConfig.for_model(**json.loads(run.vision_config))
-    text_config = AutoConfig.for_model(**json.loads(run.text_config), vocab_size=len(tokenizer))
-    tokenizer.model_max_length = text_config.max_position_embeddings
-    config = GranAlignConfig.from_vision_text_configs(
-        vision_config, text_config, special_token_ids=sorted(set(tokenizer.all_special_ids)), **fields
-    )
+    vision_model = text_model = None
+    if run.vision_encoder:
+        name = resolve(run.vision_encoder)
+        vision_model = load_encoder(name, "vision_config", dtype=torch.float32)
+        vision_config, image_processor = vision_model.config, AutoImageProcessor.from_pretrained(name)
+    else:
+        vision_config = AutoConfig.for_model(**json.loads(run.vision_config))
+        image_processor = new_image_processor(vision_config)
+    if run.text_encoder:
+        name = resolve(run.text_encoder)
+        text_model = load_encoder(name, "text_config", dtype=torch.float32)
+        text_config, tokenizer = text_model.config, encoder_tokenizer(name, text_model.config)
+        special = special_token_ids(tokenizer)
+    else:
+        tokenizer = word_tokenizer(captions)
+        text_config = AutoConfig.for_model(**json.loads(run.text_config), vocab_size=len(tokenizer))
+        tokenizer.model_max_length = text_config.max_position_embeddings
+        special = sorted(set(tokenizer.all_special_ids))
+    fields = {"special_token_ids": special} | fields
+    config = GranAlignConfig.from_vision_text_configs(vision_config, text_config, **fields)
+    return GranAlignModel(config, vision_model, text_model), GranAlignProcessor(image_processor, tokenizer)
+
+
+def new_image_processor(vision_config: PreTrainedConfig) -> ViTImageProcessor | RegionFeaturesProcessor:
+    """What belongs to a vision encoder from scratch."""
+    if vision_config.model_type == RegionFeaturesConfig.model_type:
+        return RegionFeaturesProcessor(vision_config.hidden_size, vision_config.num_boxes)
     size = vision_config.image_size
-    image_processor = ViTImageProcessor(size={"height": size, "width": size})
-    return GranAlignModel(config), GranAlignProcessor(image_processor, tokenizer)
+    return ViTImageProcessor(size={"height": size, "width": size})
 
 
 def word_tokenizer(captions: list[str]) -> BertTokenizer:

@@ -13,9 +13,11 @@ from PIL import Image as PILImage
 from transformers import ProcessorMixin
 
 from granalign_hf.modeling.processing_granalign import read_image
+from granalign_hf.modeling.region_features import read_features
 from granalign_hf.training.scenes import scene_dataset
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "raw")
+FEATURES_COLUMN = "features"
 IMAGE_ID_COLUMNS = ("image_id", "filename", "file_name", "cocoid", "img_id", "image_path")
 FILE_NAME_COLUMNS = ("filename", "file_name")  # in `image_folder`, some also in the folder that `filepath` names
 SPLIT_COLUMN = "split"
@@ -28,7 +30,7 @@ class CaptionedImages:
     """A split: image number n is row `rows[n]` of `table`, is called `image_ids[n]` and has the captions `captions[n]`."""
 
     table: Dataset
-    image_column: str
+    image_column: str  # of pictures, or of the features of their regions
     rows: list[int]
     image_ids: list[str]
     captions: list[list[str]]
@@ -36,14 +38,20 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def image(self, number: int) -> PILImage.Image:
-        """The picture in RGB, by the rules of `GranAlignProcessor`.
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the images are pictures; otherwise they are features of regions."""
+        return isinstance(self.table.features[self.image_column], Image)
+
+    def image(self, number: int) -> PILImage.Image | np.ndarray:
+        """The picture in RGB, by the rules of `GranAlignProcessor`, or the features (boxes, features) float32.
 
         Raises:
-            ValueError: it cannot be decoded; the message names the image.
+            ValueError: it cannot be decoded, or has no such features; the message names the image.
         """
         try:
-            return read_image(self.table[self.rows[number]][self.image_column])
+            value = self.table[self.rows[number]][self.image_column]
+            return read_image(value) if self.has_pictures else read_features(value).numpy()
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(
                 f"Image `{self.image_ids[number]}` (row {self.rows[number]}) cannot be read: {error}"
@@ -82,13 +90,15 @@ def load_split(
     image_id_column: str | None = None,
     split_column: str | None = None,
     image_folder: str | None = None,
+    features_column: str | None = None,
     num_scenes: int = NUM_EVAL_SCENES,
 ) -> CaptionedImages:
     """A split of a Hub data set, of a folder, of a `save_to_disk` folder, or of the drawn `scenes`.
 
     A row is an image with a list of captions, an image with one caption, or one caption of an image that other rows repeat:
     rows with the same image id (or, without such a column, the same picture) are one image. A caption is a string, or a
-    mapping that has it as `raw` (the form of Karpathy's files).
+    mapping that has it as `raw` (the form of Karpathy's files). In the place of an image may stand the features of its
+    regions, (boxes, features) numbers.
 
     Args:
         name: Hub name or folder. split: its name; `train+restval` joins two. config: where the data set has several.
@@ -96,6 +106,7 @@ def load_split(
         split_column: names the split of each row, in a data set of one table. Default: `split`, where that has the split.
         image_folder: where the pictures lie if the data set has their names only, in `image_column`, `filename` or
             `file_name`, and maybe their folder in there as `filepath`.
+        features_column: of the features of regions. Default: `features`, where there is no column of images.
         num_scenes: images of the drawn scenes.
 
     Raises:
@@ -103,9 +114,13 @@ def load_split(
             id; the message says which.
     """
     table = _load_table(name, split, config, split_column, num_scenes)
+    if features_column is not None and (image_column or image_folder):
+        raise ValueError(
+            f"`features_column` {features_column!r} replaces pictures: leave out `image_column` and `image_folder`."
+        )
     if image_folder is not None:
         table, image_column = _with_pictures(table, name, image_folder, image_column)
-    image_column = _image_column(table, name, image_column)
+    image_column = _image_column(table, name, image_column, features_column)
     caption_column = caption_column or next((n for n in CAPTION_COLUMNS if n in table.column_names), None)
     caption_column = _existing("caption", caption_column, name, table)
     if image_id_column is None:
@@ -119,6 +134,8 @@ def load_split(
     for row, (image_id, captions) in enumerate(zip(ids, texts, strict=True)):
         images.setdefault(image_id, (row, []))[1].extend(captions)
     rows, grouped = zip(*images.values(), strict=True)
+    if not isinstance(table.features[image_column], Image):
+        table = table.with_format("numpy", columns=[image_column])  # as Python lists they take several times as long
     return CaptionedImages(table, image_column, list(rows), list(images), list(grouped))
 
 
@@ -128,8 +145,16 @@ def drawn_scenes(num_scenes: int, seed: int, num_distractors: int) -> CaptionedI
     return CaptionedImages(table, "image", list(range(num_scenes)), list(table["image_id"]), list(table["captions"]))
 
 
-def _image_column(table: Dataset, name: str, column: str | None) -> str:
+def _image_column(table: Dataset, name: str, column: str | None, features_column: str | None) -> str:
+    """The column of the pictures, or of what stands in their place."""
     column = column or next((n for n, kind in table.features.items() if isinstance(kind, Image)), None)
+    if column is None and features_column is None and FEATURES_COLUMN in table.column_names:
+        features_column = FEATURES_COLUMN
+    if features_column is not None:
+        features_column = _existing("features", features_column, name, table)
+        if isinstance(table.features[features_column], Image):
+            raise ValueError(f"The column {features_column!r} of {name} holds pictures: name it with `image_column`.")
+        return features_column
     column = _existing("image", column, name, table)
     if not isinstance(table.features[column], Image):
         raise ValueError(
@@ -179,7 +204,8 @@ def _existing(kind: str, column: str | None, name: str, table: Dataset) -> str:
     if column is None or column not in table.column_names:
         raise ValueError(
             f"The data set {name} has no {kind} column{'' if column is None else f' {column!r}'}; its columns are "
-            f"{table.column_names}. Name it with `{kind}_column`."
+            f"{table.column_names}. Name it with `{kind}_column`"
+            + (", or that of the features of regions with `features_column`." if kind == "image" else ".")
         )
     return column
 
@@ -245,6 +271,9 @@ def _image_ids(table: Dataset, image_column: str, image_id_column: str | None, i
         return [str(value) for value in ids]
     if not is_one_caption:
         return [str(row) for row in range(len(table))]
+    if not isinstance(table.features[image_column], Image):
+        features = table.with_format("numpy", columns=[image_column])
+        return [_features_id(row, values[image_column]) for row, values in enumerate(features)]
     encoded = table.select_columns([image_column]).cast_column(image_column, Image(decode=False))
     return [_picture_id(row, value) for row, value in enumerate(encoded[image_column])]
 
@@ -256,10 +285,23 @@ def _picture_id(row: int, encoded: dict | None) -> str:
     return encoded["path"] if encoded["bytes"] is None else hashlib.sha256(encoded["bytes"]).hexdigest()
 
 
+def _features_id(row: int, features) -> str:
+    """The hash of the numbers."""
+    try:
+        return hashlib.sha256(read_features(features).numpy().tobytes()).hexdigest()
+    except ValueError as error:
+        raise ValueError(f"Row {row} cannot be read: {error}") from error
+
+
 class TrainingImages(torch.utils.data.Dataset):
     """Augmented images with some of their captions. An item depends on (seed, epoch, number) only, never on the order."""
 
     def __init__(self, data: CaptionedImages, captions_per_image: int, crop_scale: float, seed: int):
+        if crop_scale < 1 and not data.has_pictures:
+            raise ValueError(
+                f"`crop_scale` {crop_scale} crops pictures, but the images of this data set are features of regions. Set it "
+                "to 1."
+            )
         self.data, self.captions_per_image, self.crop_scale, self.seed = data, captions_per_image, crop_scale, seed
         self.epoch = 0
 
@@ -270,7 +312,7 @@ class TrainingImages(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, number))
         captions = draw_captions(rng, self.data.captions[number], self.captions_per_image)
         image = self.data.image(number)
-        if self.crop_scale < 1:
+        if self.crop_scale < 1 and isinstance(image, PILImage.Image):
             image = random_resized_crop(rng, image, self.crop_scale)
         return {
             "number": number,

@@ -41,7 +41,9 @@ def run_record(run: RunArguments, command: str, config: GranAlignConfig, train_d
         "encoders": before["encoders"]
         if before
         else {
-            "vision": _encoder_name(run.vision_encoder or config.vision_config._name_or_path),
+            "vision": _encoder_name(run.vision_encoder or config.vision_config._name_or_path)
+            if train_data.has_pictures
+            else "precomputed",
             "text": _encoder_name(run.text_encoder or config.text_config._name_or_path),
         },
         "frozen_encoders": run.freeze_encoders,

@@ -122,6 +122,7 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     train_data = train_data.first(run.max_train_images)
     val_data = load_split(run.dataset, run.validation_split, **run.load_options).first(run.max_eval_images)
     model, processor = build(run, fields, train_data.all_captions)
+    processor(images=train_data.image(0))  # refuses pictures for a model of region features, and the other way round
     if accelerator.is_main_process:
         processor.warn_of_truncation(train_data.all_captions + val_data.all_captions)
     val_features = None
