@@ -43,4 +43,5 @@ def hardware() -> str:
     """In words, for the record of a run."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{len(available_cores())} CPU cores ({platform.machine()})"
+    cores = len(available_cores())
+    return f"{cores} CPU core{'s' if cores > 1 else ''} ({platform.machine()})"
