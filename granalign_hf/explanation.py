@@ -169,7 +169,7 @@ def align(model, processor, image: Any, caption: str) -> Alignment:
 
     Raises:
         ValueError: the image cannot be read, the caption is empty or no string, the tokenizer is not a fast one, or
-            the model is in training mode.
+            the model is in training mode or takes features of regions.
 
     Example:
 
@@ -185,6 +185,8 @@ def align(model, processor, image: Any, caption: str) -> Alignment:
     """
     if model.training:
         raise ValueError("`model` is in training mode, where scores are drawn at random. Call `model.eval()` first.")
+    if not getattr(processor.image_processor, "reads_pictures", True):
+        raise ValueError("`model` takes features of regions, which cannot be shown on a picture. Use `word_maps` instead.")
     _check_caption(caption, processor.tokenizer)
     picture = read_image(image)
     inputs = processor(images=picture, text=caption, return_offsets_mapping=True, return_tensors="pt")

@@ -24,8 +24,8 @@ DESCRIPTIONS = {
     "chan": "Fine-grained image-text alignment after CHAN (CVPR 2023): each word counts with its best patch only.",
     "max_mean": "Fine-grained image-text alignment by the bidirectional maximum: each word's best patch and each patch's "
     "best word.",
-    "scan": "Fine-grained image-text alignment after SCAN (ECCV 2018): each token is compared with what it attends to on the "
-    "other side.",
+    "scan": "Fine-grained image-text alignment after SCAN (ECCV 2018): each token is compared with what it attends to on "
+    "the other side.",
     "laps": "Fine-grained image-text alignment after LAPS (CVPR 2024): each caption selects the patches that it is matched "
     "with.",
     "vse++": "Image-text retrieval after VSE++ (BMVC 2018): one pooled vector a picture and one a caption, a baseline "

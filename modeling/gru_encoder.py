@@ -45,7 +45,10 @@ class GRUEncoderConfig(PreTrainedConfig):
 
 
 class GRUEncoderModel(PreTrainedModel):
-    """Word embeddings -> a GRU in each direction -> a token is the mean of the two states at its word."""
+    """Word embeddings -> a GRU in each direction -> a token is the mean of the two states at its word.
+
+    It cannot be exported (torch.export, ONNX): the GRU's steps follow the lengths of the captions.
+    """
 
     config: GRUEncoderConfig
     input_modalities = ("text",)

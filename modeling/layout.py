@@ -70,8 +70,10 @@ def blocks(layout: Layout, captions: Tensor, max_words: int, spread: int) -> Ite
 def images_with_own_captions(layout: Layout, has_grad: Tensor, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Cuts the pairs with a gradient, (B, C) bool, into tiles: images (i,) and the captions of each (i, n).
 
-    Images with about as many captions stand together; where one has fewer, captions without a gradient fill up.
+    Images with about as many captions stand together; where one has fewer, captions of others fill up. A caption that no
+    image needs is left out: without words, its scores would be NaN here.
     """
+    used = has_grad.any(0).nonzero()[:, 0]
     counts = has_grad.sum(1)
     order = counts.argsort(stable=True)
     order = order[counts[order] > 0]
@@ -81,6 +83,6 @@ def images_with_own_captions(layout: Layout, has_grad: Tensor, columns: int) -> 
     for stop in range(1, len(numbers) + 1):
         if stop == len(numbers) or (stop - first + 1) * numbers[stop] * longest > columns:
             images, first = order[first:stop], stop
-            captions = has_grad[images].to(torch.int8).argsort(dim=1, descending=True, stable=True)
+            captions = used[has_grad[images][:, used].to(torch.int8).argsort(dim=1, descending=True, stable=True)]
             for part in captions[:, : numbers[stop - 1]].split(max(columns // longest, 1), dim=1):
                 yield images, part

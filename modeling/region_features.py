@@ -151,6 +151,7 @@ def read_features(features: Any) -> Tensor:
     expected = "region features must be numbers in the shape (boxes, features)"
     if isinstance(features, Image.Image | str | os.PathLike):
         raise ValueError(f"{expected}, got a picture ({type(features).__name__}).")
+    features = features.float() if isinstance(features, Tensor) else features  # numpy knows no bfloat16
     try:
         array = to_numpy(features).astype("float32")
     except (TypeError, ValueError, AttributeError) as error:  # no numbers at all, or lists of different length

@@ -21,6 +21,7 @@ def recipe(tmp_path, monkeypatch):
     content |= {"output_dir": str(tmp_path / "runs"), "results_dir": str(tmp_path)}
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(content))
+    (tmp_path / "base.yaml").write_text("dataset: scenes\n")
     for name, fields in runs.items():
         folder = run_folder(Comparison.read(path), name, 0)
         tiny_model(**fields).save_pretrained(folder)
@@ -51,3 +52,9 @@ def test_the_scenes_with_one_distractor_are_those_of_the_test_split():
     drawn, loaded = drawn_scenes(3, clutter.SCENE_SEEDS["test"], 1), load_split("scenes", "test", num_scenes=3)
     assert drawn.captions == loaded.captions and drawn.image(2).tobytes() == loaded.image(2).tobytes()
     assert drawn_scenes(3, 4, 8).image(0).tobytes() != drawn.image(0).tobytes()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(recipe, tmp_path):
+    (tmp_path / "runs" / "grm-seed0" / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="grm-seed0 holds a run of other settings"):
+        clutter.main([str(recipe)])

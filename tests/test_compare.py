@@ -43,18 +43,32 @@ def calls(monkeypatch):
     """Stands in for the two scripts: notes how they are called and leaves the files that they leave."""
     calls = []
 
-    def run(script, words, folder, cores):
-        calls.append([script, *words])
-        if script == "train":
-            folder = Path(words[words.index("--output_dir") + 1])
-            diagnostics = {"region_mean_cosine": 0.5} if "grm" in folder.name else {}
-            (folder / "metrics.json").write_text(json.dumps({"hours": 0.25, "diagnostics": diagnostics}))
-        else:
-            ranks = draw_ranks(sum(words[0].encode()), best=6 if "grm" in words[0] else 12)
-            np.savez(Path(words[0]) / "ranks-test.npz", **vars(ranks))
+    def start(step, cores):
+        calls.append([step.script, *step.words])
+        leave_files(step)
+        return Ended()
 
-    monkeypatch.setattr(compare, "_run", run)
+    monkeypatch.setattr(compare, "_start", start)
+    monkeypatch.setattr(compare, "POLL_SECONDS", 0)
     return calls
+
+
+class Ended:
+    """A process that has done its work."""
+
+    returncode = 0
+
+    def poll(self):
+        return self.returncode
+
+
+def leave_files(step):
+    is_grm = "grm" in step.folder.name
+    diagnostics = {"region_mean_cosine": 0.5} if is_grm else {}
+    (step.folder / "metrics.json").write_text(json.dumps({"hours": 0.25, "diagnostics": diagnostics}))
+    if step.script == "evaluate":
+        ranks = draw_ranks(sum(str(step.folder).encode()), best=6 if is_grm else 12)
+        np.savez(step.folder / "ranks-test.npz", **vars(ranks))
 
 
 def test_a_comparison_trains_each_run_with_each_seed_once(recipe, calls, tmp_path, capsys):
@@ -84,18 +98,17 @@ def test_a_comparison_trains_each_run_with_each_seed_once(recipe, calls, tmp_pat
 
 
 def test_an_interrupted_comparison_goes_on(recipe, calls, monkeypatch, tmp_path):
-    run, stopped = compare._run, []
+    start, stopped = compare._start, []
 
-    def interrupted(script, words, folder, cores):
-        if script == "train" and "grm-seed0" in words[-1] and not stopped:
-            folder = Path(words[words.index("--output_dir") + 1])
-            (folder / "state" / "epoch-1").mkdir(parents=True)
-            (folder / "state" / "epoch-1" / "progress.json").touch()
-            stopped.append(words)
+    def interrupted(step, cores):
+        if step.script == "train" and step.folder.name == "grm-seed0" and not stopped:
+            (step.folder / "state" / "epoch-1").mkdir(parents=True)
+            (step.folder / "state" / "epoch-1" / "progress.json").touch()
+            stopped.append(step.words)
             raise KeyboardInterrupt
-        run(script, words, folder, cores)
+        return start(step, cores)
 
-    monkeypatch.setattr(compare, "_run", interrupted)
+    monkeypatch.setattr(compare, "_start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare.main([str(recipe)])
     assert list(json.loads((tmp_path / "results" / "results.json").read_text())["runs"]) == ["plain"]
@@ -176,45 +189,69 @@ def test_published_figures_are_whole():
             assert all(value < tables["coco-1k-5fold", backbone][name] for name, value in rsum.items())
 
 
-def test_jobs_run_side_by_side_on_their_own_cores(recipe, monkeypatch, tmp_path):
-    """Real processes: each notes its cores and waits until the other one runs too."""
-    cores = compare.available_cores()
-    if len(cores) < 2:
+@pytest.fixture
+def real_processes(monkeypatch, tmp_path):
+    """Real processes that run a small script in the place of train.py and evaluate.py, with the folder as its last word."""
+    script, popen = tmp_path / "script.py", compare.subprocess.Popen
+
+    def start(command, **options):
+        folder = command[command.index("--output_dir") + 1] if "--output_dir" in command else command[3]
+        return popen([sys.executable, str(script), command[2].rpartition(".")[2], folder], **options)
+
+    monkeypatch.setattr(compare.subprocess, "Popen", start)
+    np.savez(tmp_path / "ranks.npz", **vars(draw_ranks(0)))
+    head = (
+        "import json, os, pathlib, shutil, sys, time\n"
+        "script, folder = sys.argv[1], pathlib.Path(sys.argv[2])\n"
+        "(folder / 'metrics.json').write_text(json.dumps({'hours': 0.25, 'diagnostics': {}}))\n"
+        f"shutil.copy({str(tmp_path / 'ranks.npz')!r}, folder / 'ranks-test.npz')\n"
+    )
+    return lambda body: script.write_text(head + body)
+
+
+def test_jobs_run_side_by_side_on_their_own_cores(recipe, real_processes, tmp_path):
+    """Each process notes its cores and waits until the other one runs too."""
+    if len(compare.available_cores()) < 2:
         pytest.skip("needs two cores")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, pathlib, sys, time\n"
-        "folder = pathlib.Path(sys.argv[-1])\n"
+    real_processes(
         "time.sleep(0.5)\n"  # it is pinned right after its start
         "(folder / 'cores').write_text(' '.join(map(str, sorted(os.sched_getaffinity(0)))))\n"
         "others = [folder.with_name(f'{name}-seed0') / 'cores' for name in ('plain', 'grm')]\n"
         "while not all(other.is_file() for other in others): time.sleep(0.01)\n"
-        "print('words', *sys.argv[1:])\n"
+        "print('trained')\n"
     )
-    real_popen = compare.subprocess.Popen
-
-    def popen(command, **options):
-        return real_popen([sys.executable, str(script), *command[3:]], **options)
-
-    def after(script_name, words, folder, cores):
-        run(script_name, [*words, str(folder)], folder, cores)
-        (folder / "metrics.json").write_text(json.dumps({"hours": 0.25, "diagnostics": {}}))
-        np.savez(folder / "ranks-test.npz", **vars(draw_ranks(0)))
-
-    run = compare._run
-    monkeypatch.setattr(compare, "_run", after)
-    monkeypatch.setattr(compare.subprocess, "Popen", popen)
     compare.main([str(recipe), "--jobs", "2"])
     used = [(tmp_path / "runs" / f"{name}-seed0" / "cores").read_text().split() for name in ("plain", "grm")]
     assert all(used) and not {*used[0]} & {*used[1]}
-    assert (tmp_path / "runs" / "grm-seed1" / "train.log").read_text().startswith("words")
+    assert (tmp_path / "runs" / "grm-seed1" / "train.log").read_text() == "trained\n"
 
 
-def test_a_failed_run_is_reported_with_its_log(recipe, tmp_path):
-    with pytest.raises(compare.subprocess.CalledProcessError) as caught:
-        compare.main([str(recipe), "--jobs", "2"])
-    assert "train.log" in caught.value.output
-    assert "error" in Path(caught.value.output.removeprefix("see ")).read_text()
+def test_a_failed_run_ends_the_others_and_is_named(recipe, real_processes, tmp_path):
+    real_processes("time.sleep(0.3 if folder.name.startswith('plain') else 60)\nsys.exit('out of luck')\n")
+    jobs = str(min(2, len(compare.available_cores())))
+    with pytest.raises(RuntimeError, match=r"train of .*plain-seed0 failed with exit status 1") as caught:
+        compare.main([str(recipe), "--jobs", jobs])
+    if jobs == "2":
+        log = Path(str(caught.value).rpartition("see ")[2])
+        assert log.read_text() == "out of luck\n"
+        assert not (tmp_path / "runs" / "grm-seed0" / "complete").exists()
+
+
+def test_an_interrupt_ends_the_process(recipe, real_processes, monkeypatch, tmp_path):
+    real_processes("(folder / 'started').touch()\ntime.sleep(60)\n")
+    started, sleep = tmp_path / "runs" / "plain-seed0" / "started", compare.time.sleep
+    processes, start = [], compare._start
+
+    def sleep_until_it_runs(seconds):
+        sleep(seconds)
+        if started.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.time, "sleep", sleep_until_it_runs)
+    monkeypatch.setattr(compare, "_start", lambda *args: processes.append(start(*args)) or processes[-1])
+    with pytest.raises(KeyboardInterrupt):
+        compare.main([str(recipe)])
+    assert [process.returncode for process in processes] == [-15]
 
 
 @pytest.mark.parametrize("jobs", ["0", "1000000"])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from granalign_hf.training.arguments import parse_arguments
-from granalign_hf.training.compare import Comparison, _words, published_rsum, table
+from granalign_hf.training.arguments import as_words, parse_arguments
+from granalign_hf.training.compare import Comparison, published_rsum, table
 
 TRAINING = Path(__file__).parents[1] / "training"
 RESULTS = sorted(path.parent for path in TRAINING.glob("results/*/results.json"))
@@ -30,7 +30,7 @@ def test_every_run_of_a_comparison_is_accepted(path):
     recipe = Comparison.read(path)
     assert recipe.results_dir == f"training/results/{path.stem}"
     for settings in recipe.runs.values():
-        fields = parse_arguments([recipe.base, *_words(settings)])[1]
+        fields = parse_arguments([recipe.base, *as_words(settings)])[1]
         assert fields.items() >= {n: v for n, v in settings.items() if n in fields}.items()
     if recipe.published is not None:
         assert set(published_rsum(**recipe.published)) <= set(recipe.runs)

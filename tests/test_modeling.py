@@ -19,6 +19,7 @@ ALIGNERS = {
     "max_mean": {"aligner": "max_mean"},
     "chan": {"aligner": "chan"},
     "chan logsumexp": {"aligner": "chan", "pooling": "logsumexp"},
+    "scan": {"aligner": "scan", "attention_direction": "both"},
     "laps": {"aligner": "laps"},
     "vse++": {"aligner": "vse++"},
     "vse++ max": {"aligner": "vse++", "pooling": "max"},

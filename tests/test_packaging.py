@@ -121,7 +121,7 @@ def test_nothing_points_back_up():
             assert not is_within(name, {"granalign_hf.training", "training"}), f"{path.name} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["losses", "similarity", "attention", "tiles", "pairwise"])
+@pytest.mark.parametrize("name", ["losses", "similarity", "attention", "tiles", "layout", "pairwise", "projection"])
 def test_numeric_files_know_no_config(name):
     for level, module in imports(ROOT / "modeling" / f"{name}.py"):
         assert not (level == 1 and module in {"configuration_granalign", "modeling_granalign"}), f"{name} imports {module}"

@@ -191,7 +191,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, dict, 
     overrides = argv[has_recipe:]
     given = {word.removeprefix("--").partition("=")[0] for word in overrides if word.startswith("--")}
     parser = SettingsParser((RunArguments, ModelArguments), description="Trains a GranAlign model.")
-    words = _words(_without_replaced_model(_read_recipe(recipe, parser), given)) + overrides
+    words = as_words(_without_replaced_model(_read_recipe(recipe, parser), given)) + overrides
     run, model, unknown = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
     parser.refuse_unknown(unknown, "on the command line")
     parser.refuse(_source_problems(run, lambda name: "on the command line" if name in given else f"in {recipe}"))
@@ -223,8 +223,8 @@ def _without_replaced_model(settings: dict, given: set[str]) -> dict:
     return {name: value for name, value in settings.items() if name not in replaced}
 
 
-def _words(settings: dict) -> list[str]:
-    """A recipe as command-line words, so that both go through the same checks."""
+def as_words(settings: dict) -> list[str]:
+    """Settings as they are typed on a command line, so that recipes go through the same checks."""
     words = []
     for name, value in settings.items():
         if value is None:

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import fold_ranks
-from granalign_hf.training.compare import Comparison, markdown_table, run_folder
+from granalign_hf.training.compare import Comparison, markdown_table, run_folder, run_settings
 from granalign_hf.training.data import SCENE_SEEDS, CaptionedImages, drawn_scenes
 from granalign_hf.training.demo import GALLERY, pointing
 from granalign_hf.training.plot import plot_curves
 from granalign_hf.training.protocols import mean_metrics
-from granalign_hf.training.runtime import hardware, set_up_torch
+from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import scored_split
 
 NUM_SCENES = 500
@@ -40,6 +40,11 @@ def main(argv: list[str] | None = None) -> dict:
     missing = [str(folder) for runs in folders.values() for folder in runs if not (folder / "complete").is_file()]
     if missing:
         parser.error(f"not trained yet: {', '.join(missing)}; run python training/compare.py {recipe} first")
+    for name in comparison.runs:
+        for seed in comparison.seeds:
+            run_settings(comparison, name, seed)  # refuses checkpoints of another recipe
+    folder = Path(comparison.results_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     set_up_torch("highest")
     measured: dict[str, dict[str, list[list[float]]]] = {name: {m: [] for m in MEASURES} for name in folders}
     for number in tqdm(DISTRACTORS, desc="distractors"):
@@ -49,15 +54,13 @@ def main(argv: list[str] | None = None) -> dict:
             for measure_name in MEASURES:
                 measured[name][measure_name].append([value[measure_name] for value in values])
     result = {
-        "command": f"python training/clutter.py {recipe}",
+        "command": portable(f"python training/clutter.py {recipe}"),
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
         "scenes": NUM_SCENES,
         "seeds": comparison.seeds,
         "distractors": DISTRACTORS,
         "runs": measured,
     }
-    folder = Path(comparison.results_dir)
     (folder / "clutter.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "clutter.md").write_text(table(measured))
     plot_curves("distractors", list(DISTRACTORS), MEASURES, measured, folder / "clutter.png")

@@ -12,23 +12,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from typing import NamedTuple
 
 import yaml
 
 from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
-from granalign_hf.training.arguments import DataArguments
+from granalign_hf.training.arguments import DataArguments, as_words
 from granalign_hf.training.plot import plot_comparison
 from granalign_hf.training.protocols import read_ranks
-from granalign_hf.training.runtime import available_cores, hardware, pin
+from granalign_hf.training.runtime import available_cores, hardware, pin, portable
 
+POLL_SECONDS = 0.2
 COLUMNS = ("rsum", "image_to_text_r1", "text_to_image_r1")
 
 
@@ -74,84 +77,130 @@ def main(argv: list[str] | None = None) -> dict:
     if not 1 <= arguments.jobs <= len(cores):
         parser.error(f"--jobs must lie in 1..{len(cores)}, the number of cores, got {arguments.jobs}")
     comparison = Comparison.read(arguments.recipe)
-    ranks: dict[str, list[RetrievalRanks]] = {name: [] for name in comparison.runs}
-    free: SimpleQueue[list[int]] = SimpleQueue()
-    for job in range(arguments.jobs):
-        free.put(cores[job :: arguments.jobs])
-
-    def finish(run: tuple[int, str]) -> Path:
-        share = free.get()
-        try:
-            return finished_run(comparison, run[1], run[0], None if arguments.jobs == 1 else share)
-        finally:
-            free.put(share)
-
+    command = f"python training/compare.py {arguments.recipe}" + (f" --jobs {arguments.jobs}" if arguments.jobs > 1 else "")
+    finished: set[tuple[int, str]] = set()
     # Seed by seed, so that an interrupted comparison has all runs of its first seeds.
     runs = [(seed, name) for seed in comparison.seeds for name in comparison.runs]
-    executor = ThreadPoolExecutor(arguments.jobs)
-    try:
-        for (seed, name), folder in zip(runs, executor.map(finish, runs), strict=True):
-            print(f"--- {name}, seed {seed}: done", flush=True)
-            ranks[name].append(read_ranks(folder / f"ranks-{comparison.split}.npz"))
-            command = f"python training/compare.py {arguments.recipe}"
-            command += f" --jobs {arguments.jobs}" if arguments.jobs > 1 else ""
-            write_results(comparison, {n: r for n, r in ranks.items() if r}, command)
-    finally:
-        executor.shutdown(cancel_futures=True)
+    for seed, name in finish_runs(comparison, runs, arguments.jobs):
+        print(f"--- {name}, seed {seed}: done", flush=True)
+        finished.add((seed, name))
+        ranks = {name: _ranks(comparison, name, finished) for name in comparison.runs}
+        write_results(comparison, {n: r for n, r in ranks.items() if r}, portable(command))
     print((Path(comparison.results_dir) / "table.md").read_text())
     return json.loads((Path(comparison.results_dir) / "results.json").read_text())
 
 
-def finished_run(comparison: Comparison, name: str, seed: int, cores: list[int] | None = None) -> Path:
-    """The folder of a run; trains, resumes or evaluates what is not there yet, on some of the cores if they are named.
+def finish_runs(comparison: Comparison, runs: list[tuple[int, str]], jobs: int) -> Iterator[tuple[int, str]]:
+    """Trains, resumes or evaluates what is not there yet, `jobs` processes at a time; gives each run when it is finished.
+
+    Whatever ends it, a failure or an interrupt, ends the processes too.
+
+    Raises:
+        ValueError: a folder holds a run of other settings. RuntimeError: a process failed; the message names its log.
+    """
+    cores = available_cores()
+    free = [cores[job::jobs] if jobs > 1 else None for job in range(jobs)]
+    waiting = [(run, missing_steps(comparison, run[1], run[0])) for run in runs]
+    active: dict[subprocess.Popen, _Job] = {}
+    try:
+        while waiting or active:
+            while waiting and free:
+                run, steps = waiting.pop(0)
+                step = next(steps, None)
+                if step is None:
+                    yield run
+                else:
+                    share = free.pop()
+                    active[_start(step, share)] = _Job(run, steps, step, share)
+            time.sleep(POLL_SECONDS)
+            for process in [process for process in active if process.poll() is not None]:
+                job = active.pop(process)
+                if process.returncode != 0:
+                    told = f"; see {job.step.log}" if jobs > 1 else ""
+                    raise RuntimeError(
+                        f"{job.step.script} of {job.step.folder} failed with exit status {process.returncode}{told}"
+                    )
+                free.append(job.cores)
+                waiting.insert(0, (job.run, job.steps))
+    finally:
+        for process in active:
+            process.terminate()
+        for process in active:
+            process.wait()
+
+
+class Step(NamedTuple):
+    """A script with the words of its command line, for the run in a folder."""
+
+    script: str
+    words: list[str]
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.script}.log"
+
+
+class _Job(NamedTuple):
+    run: tuple[int, str]
+    steps: Iterator[Step]
+    step: Step
+    cores: list[int] | None
+
+
+def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step]:
+    """What is still to be done for a run; each step is asked for when the one before has succeeded.
 
     Raises:
         ValueError: the folder holds a run of other settings.
     """
-    folder = run_folder(comparison, name, seed)
-    own = {**comparison.runs[name], "seed": seed, "output_dir": str(folder)}
-    whole = {**yaml.safe_load(Path(comparison.base).read_text()), **own}
-    settings = folder / "settings.json"
-    if settings.is_file() and json.loads(settings.read_text()) != whole:
-        raise ValueError(f"{folder} holds a run of other settings ({settings}). Delete it, or change `output_dir`.")
+    folder, whole = run_folder(comparison, name, seed), run_settings(comparison, name, seed)
     if not (folder / "complete").is_file():
-        is_started = settings.is_file() and any(folder.glob("state/*/progress.json"))
+        is_started = (folder / "settings.json").is_file() and any(folder.glob("state/*/progress.json"))
         folder.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(whole, indent=1))
-        _run("train", [comparison.base, *_words(own), *(["--resume", "true"] if is_started else [])], folder, cores)
+        (folder / "settings.json").write_text(json.dumps(whole, indent=1))
+        own = as_words({name: whole[name] for name in (*comparison.runs[name], "seed", "output_dir")})
+        yield Step("train", [comparison.base, *own, *(["--resume", "true"] if is_started else [])], folder)
         (folder / "complete").touch()
     if not (folder / f"ranks-{comparison.split}.npz").is_file():
         of_data = {field.name: whole[field.name] for field in dataclasses.fields(DataArguments) if field.name in whole}
-        _run("evaluate", [str(folder), *_words({**of_data, "split": comparison.split})], folder, cores)
-    return folder
+        yield Step("evaluate", [str(folder), *as_words({**of_data, "split": comparison.split})], folder)
 
 
-def _words(fields: dict) -> list[str]:
-    """Fields as they are typed on a command line."""
-    values = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
-    return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
+def run_settings(comparison: Comparison, name: str, seed: int) -> dict:
+    """All settings of a run.
+
+    Raises:
+        ValueError: its folder holds a run of others.
+    """
+    folder, base = run_folder(comparison, name, seed), yaml.safe_load(Path(comparison.base).read_text())
+    whole = {**base, **comparison.runs[name], "seed": seed, "output_dir": str(folder)}
+    settings = folder / "settings.json"
+    if settings.is_file() and json.loads(settings.read_text()) != whole:
+        raise ValueError(f"{folder} holds a run of other settings ({settings}). Delete it, or change `output_dir`.")
+    return whole
+
+
+def _start(step: Step, cores: list[int] | None) -> subprocess.Popen:
+    """The script as a process of its own; on a share of the cores its output goes to a file."""
+    command = [sys.executable, "-m", f"granalign_hf.training.{step.script}", *step.words]
+    if cores is None:
+        return subprocess.Popen(command)
+    with step.log.open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    pin(process.pid, cores)
+    return process
+
+
+def _ranks(comparison: Comparison, name: str, finished: set[tuple[int, str]]) -> list[RetrievalRanks]:
+    """Of the first seeds of a run, as far as they are finished."""
+    seeds = itertools.takewhile(lambda seed: (seed, name) in finished, comparison.seeds)
+    return [read_ranks(run_folder(comparison, name, seed) / f"ranks-{comparison.split}.npz") for seed in seeds]
 
 
 def run_folder(comparison: Comparison, name: str, seed: int) -> Path:
     """Where a run has its checkpoint, whether it is there or not."""
     return Path(comparison.output_dir) / f"{name}-seed{seed}"
-
-
-def _run(script: str, words: list[str], folder: Path, cores: list[int] | None) -> None:
-    """A script as a process of its own; on its share of the cores its output goes to a file.
-
-    Raises:
-        CalledProcessError: it failed.
-    """
-    command = [sys.executable, "-m", f"granalign_hf.training.{script}", *words]
-    if cores is None:
-        subprocess.run(command, check=True)
-        return
-    with (folder / f"{script}.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        pin(process.pid, cores)
-        if process.wait() != 0:
-            raise subprocess.CalledProcessError(process.returncode, command, output=f"see {log.name}")
 
 
 def write_results(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], command: str) -> None:
