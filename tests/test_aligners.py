@@ -11,6 +11,7 @@ from tiny import tiny_inputs, tiny_model
 from torch import nn
 
 from granalign_hf import GranAlignModel
+from granalign_hf.modeling import pairwise
 from granalign_hf.modeling.aligners import ALIGNERS
 from granalign_hf.modeling.configuration_granalign import POOLINGS, GranAlignConfig
 
@@ -366,3 +367,29 @@ def test_scores_do_not_depend_on_the_batch(draw_tokens, name, pooling):
     levels = aligner.similarities(*describe(aligner, tokens))
     one = {key: t[1:2] for key, t in tokens.items()}
     torch.testing.assert_close(aligner.similarities(*describe(aligner, one)), levels[:, 1:2, 1:2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("garbage", [0.5, float("nan")])
+@pytest.mark.parametrize(("name", "pooling"), VARIANTS)
+def test_a_few_pairs_have_the_gradients_that_all_tiles_give(draw_tokens, monkeypatch, name, pooling, garbage):
+    """Two images need one caption and two captions of ten, the first of which has no words."""
+    aligner = build(name, pooling)
+    drawn = [draw_tokens(seed) for seed in (10, 11, 12)]
+    width = max(tokens["word_mask"].shape[1] for tokens in drawn)
+    tokens = {key: torch.cat([_to_width(t[key], width if key.startswith("word") else 0) for t in drawn]) for key in drawn[0]}
+    tokens["word_mask"][0], tokens["word_embeds"][0] = False, garbage
+
+    def gradients(sparse_share):
+        monkeypatch.setattr(pairwise, "SPARSE_SHARE", sparse_share)
+        leaves = {key: t.clone().requires_grad_(key.endswith("embeds")) for key, t in tokens.items()}
+        levels = aligner.similarities(*describe(aligner, leaves))
+        (2 * levels[:, 0, 3] + levels[:, 4, 3] ** 2 - levels[:, 4, 6]).sum().backward()
+        return leaves["patch_embeds"].grad, leaves["word_embeds"].grad
+
+    for few, all_tiles in zip(gradients(1 / 8), gradients(0), strict=True):
+        assert few.isfinite().all() and few.any()
+        torch.testing.assert_close(few, all_tiles, rtol=0, atol=1e-12)
+
+
+def _to_width(tokens, width):
+    return nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, max(width - tokens.shape[1], 0)))
