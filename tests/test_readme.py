@@ -108,7 +108,7 @@ PROSE = [  # the sentence with its figure in brackets, the file, the keys in it
     (r"saliency is idle too, ([\d.]+) in the mean", f"{DEMO}/metrics.json", "diagnostics word_saliency_mean"),
     (r"regions, with a mean cosine of ([\d.]+\d)", f"{DEMO}/metrics.json", "diagnostics region_mean_cosine"),
     (r"training took ([\d.]+) hours", f"{DEMO}/metrics.json", "hours"),
-    (r"([\d.]+) and [\d.]+ hours on two CPU cores", f"{FROZEN}/metrics.json", "hours"),
+    (r"([\d.]+) and [\d.]+ hours on two CPU cores", f"{TUNED}/metrics.json", "started_from hours"),
     (r"[\d.]+ and ([\d.]+) hours on two CPU cores", f"{TUNED}/metrics.json", "hours"),
     (r"on ([\d,]+) unseen scenes", f"{DEMO}/metrics-demo.json", "num_images"),
     (r"scenes: rSum ([\d.]+) of 600", f"{DEMO}/metrics-demo.json", "metrics rsum"),
@@ -126,10 +126,15 @@ def test_figures_of_the_prose_come_from_files(sentence, file, keys):
 
 
 def test_differences_of_the_prose_come_from_files():
-    grm, chan, vse = (
-        _measured(f"flickr8k-frozen-{name}/metrics-test.json", "metrics rsum") for name in ("grm", "chan", "vse-max")
-    )
-    assert f"GRM is {grm - chan:.1f} rSum above CHAN and {vse - grm:.1f} below max-pooled VSE++" in " ".join(README.split())
+    runs = json.loads((ROOT / "training" / "results" / "compare-flickr8k-frozen" / "results.json").read_text())["runs"]
+    grm, ground_floor = runs["grm"], runs["max-mean"]["rsum"]
+    prose = " ".join(README.split())
+    above, below = grm["minus chan"], grm["minus vse-max"]
+    assert f"{above['difference']:.1f} rSum above CHAN and {-below['difference']:.1f} below max-pooled VSE++" in prose
+    assert f"one seed, p = {above['p_value']:.3f} each" in prose and above["p_value"] == below["p_value"]
+    assert f"reaches {ground_floor[0]:.1f}, and what GRM adds costs {-grm['minus max-mean']['difference']:.1f}" in prose
+    for name, run in (("grm", grm), ("chan", runs["chan"]), ("vse-max", runs["vse-max"])):
+        assert _measured(f"flickr8k-frozen-{name}/metrics-test.json", "metrics rsum") == run["rsum"][0]
 
 
 def _measured(file: str, keys: str) -> float:
