@@ -133,6 +133,10 @@ def test_differences_of_the_prose_come_from_files():
     assert f"{above['difference']:.1f} rSum above CHAN and {-below['difference']:.1f} below max-pooled VSE++" in prose
     assert f"one seed, p = {above['p_value']:.3f} each" in prose and above["p_value"] == below["p_value"]
     assert f"reaches {ground_floor[0]:.1f}, and what GRM adds costs {-grm['minus max-mean']['difference']:.1f}" in prose
+    scaled, to_floor = runs["grm-scale-30"], runs["grm-scale-30"]["minus max-mean"]
+    assert f"brings GRM to {scaled['rsum'][0]:.1f}, level with its ground floor" in prose
+    assert f"({to_floor['difference']:.1f}, p = {to_floor['p_value']:.3f})" in prose
+    assert f"still {-scaled['minus vse-max']['difference']:.1f} below max-pooled VSE++" in prose
     for name, run in (("grm", grm), ("chan", runs["chan"]), ("vse-max", runs["vse-max"])):
         assert _measured(f"flickr8k-frozen-{name}/metrics-test.json", "metrics rsum") == run["rsum"][0]
 
