@@ -43,6 +43,10 @@ class Layout(NamedTuple):
         extra_words = 0 if tokens.patch_logits is None else tokens.patch_logits.shape[2] + 1  # weights of each patch
         return cls(patch_index, patch_weights, word_index, word_weights, lengths[:, 0].clamp(min=1), extra_words)
 
+    def places(self, captions: Tensor, num_words: int) -> Tensor:
+        """(...,) caption numbers -> (..., num_words): where their first words stand among all words (C * w)."""
+        return captions[..., None] * self.word_index.shape[1] + self.word_index[captions, :num_words]
+
 
 class Group(NamedTuple):
     captions: Tensor  # (n,) caption numbers

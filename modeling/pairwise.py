@@ -79,10 +79,7 @@ def _as_one_tile(rule: Rule, layout: Layout, tokens: Tokens) -> Tensor:
 
 def _pack(tokens: Tokens, layout: Layout, block: list[Group]) -> tuple[Tokens, Tensor]:
     """The words of a block one after the other: word_embeds (W, d), word_saliency (W,); and their places in (C * w)."""
-    max_words = layout.word_index.shape[1]
-    flat = torch.cat(
-        [(g.captions[:, None] * max_words + layout.word_index[g.captions, : g.num_words]).flatten() for g in block]
-    )
+    flat = torch.cat([layout.places(group.captions, group.num_words).flatten() for group in block])
     return _take_words(tokens, flat), flat
 
 
@@ -231,8 +228,7 @@ class _Gradients(NamedTuple):
 
     def add_own_captions(self, images: Tensor, captions: Tensor) -> None:
         """Each image, (i,) numbers, with captions of its own, (i, n)."""
-        num_words, max_words = int(self.layout.lengths[captions].max()), self.layout.word_index.shape[1]
-        flat = (captions[..., None] * max_words + self.layout.word_index[captions, :num_words]).flatten(1)
+        flat = self.layout.places(captions, int(self.layout.lengths[captions].max())).flatten(1)
         leaves = self._leaves(_of_images(_take_words(self.tokens, flat), images))
         with torch.enable_grad():
             scores = _score_own_captions(self.rule, self.layout, captions, images, leaves)

@@ -312,7 +312,8 @@ class TrainingImages(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, number))
         captions = draw_captions(rng, self.data.captions[number], self.captions_per_image)
         image = self.data.image(number)
-        if self.crop_scale < 1 and isinstance(image, PILImage.Image):
+        if self.crop_scale < 1:
+            assert isinstance(image, PILImage.Image)  # features are refused above
             image = random_resized_crop(rng, image, self.crop_scale)
         return {
             "number": number,
