@@ -12,6 +12,7 @@ own, many images at a time.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from .tiles import Rule, Tile, Tokens
 
 CPU_BUDGET, DEVICE_BUDGET = 2**24, 2**28  # bytes of a tile: caches matter on a CPU, few launches elsewhere
 SPARSE_SHARE = 1 / 8  # below this share of pairs with a gradient, each image meets only the captions that need it
+_NO_LIMIT = sys.maxsize
 GRAPH_TILES = 4  # the graph of a tile keeps several tensors of its size, so tiles of the backward pass are smaller
 
 
@@ -55,8 +57,15 @@ def _score_outside_graphs(
         patch_mask = None
     budget = memory_budget or (CPU_BUDGET if word_mask.device.type == "cpu" else DEVICE_BUDGET)
 
+    # What has no token at all scores 0 without a gradient, for which autograd would put NaN.
+    is_whole = bool(word_mask.any(1).all()) and (patch_mask is None or bool(patch_mask.any(1).all()))
+
     def by_tiles(rule: Rule, layout: Layout, tokens: Tokens) -> Tensor:
-        return _AllPairs.apply(rule, layout, budget, *tokens)
+        num_words = int((layout.lengths + layout.extra_words).sum())
+        is_small = num_words * tokens.patch_embeds[..., 0].numel() * tokens.patch_embeds.element_size() <= budget
+        return (
+            _as_one_block(rule, layout, tokens) if is_small and is_whole else _AllPairs.apply(rule, layout, budget, *tokens)
+        )
 
     return _score(by_tiles, rule, tokens, word_mask, patch_mask)
 
@@ -75,6 +84,19 @@ def _as_one_tile(rule: Rule, layout: Layout, tokens: Tokens) -> Tensor:
     num_captions, max_words = layout.word_index.shape
     block = [Group(torch.arange(num_captions, device=layout.word_index.device), max_words)]
     return _score_block(rule, layout, block, slice(None), _pack(tokens, layout, block)[0])
+
+
+def _as_one_block(rule: Rule, layout: Layout, tokens: Tokens) -> Tensor:
+    """All pairs in one tile, which autograd keeps: where that is small, to compute it again would take longer."""
+    captions = torch.arange(len(layout.lengths), device=layout.lengths.device)
+    (block,) = blocks(layout, captions, _NO_LIMIT, _spread(captions))
+    scores = _score_block(rule, layout, block, slice(None), _pack(tokens, layout, block)[0])
+    return scores[..., torch.cat([group.captions for group in block]).argsort()]
+
+
+def _spread(captions: Tensor) -> int:
+    """By how much the lengths of a group may differ: few launches matter more than few repeated words on a GPU."""
+    return 1 if captions.device.type == "cpu" else 4
 
 
 def _pack(tokens: Tokens, layout: Layout, block: list[Group]) -> tuple[Tokens, Tensor]:
@@ -139,10 +161,13 @@ def _score_tile(
 ) -> Tensor:
     """Packed words (W, d) of weights (W,) with i images -> (levels, i, c)."""
     patches, words, patch_saliency, word_saliency, regions, patch_logits = tokens
+    num_patches = patches.shape[1]
+    columns = patches if regions is None else torch.cat([patches, regions], dim=1)  # one product for all levels
+    both = products(words, columns.flatten(0, 1)).unflatten(1, columns.shape[:2])
     levels = rule(
         Tile(
-            products(words, patches.flatten(0, 1)).unflatten(1, patches.shape[:2]),
-            None if regions is None else products(words, regions.flatten(0, 1)).unflatten(1, regions.shape[:2]),
+            both[..., :num_patches],
+            None if regions is None else both[..., num_patches:],
             word_weights[:, None],
             patch_weights,
             None if word_saliency is None else word_saliency[:, None, None],
@@ -169,7 +194,7 @@ class _AllPairs(torch.autograd.Function):
         captions = torch.arange(len(layout.lengths), device=layout.lengths.device)
         scores, order = [], []
         square = math.isqrt(columns * num_patches)  # a product of a square tile is faster than that of a long one
-        spread = 1 if captions.device.type == "cpu" else 4  # few launches matter more than few repeated words on a GPU
+        spread = _spread(captions)
         for block in blocks(layout, captions, min(square, columns), spread):
             packed, _ = _pack(tokens, layout, block)
             num_words = sum(len(group.captions) * (group.num_words + layout.extra_words) for group in block)

@@ -9,6 +9,7 @@ from granalign_hf.modeling.tiles import Tokens
 LENGTHS = (5, 1, 9, 2, 9, 3, 4, 12)
 WORD_MASK = torch.arange(12) < torch.tensor(LENGTHS)[:, None]
 NUM_IMAGES, NUM_PATCHES = 10, 7
+SEVERAL_TILES = 8 * 2000  # bytes
 
 
 @pytest.fixture
@@ -44,12 +45,15 @@ def test_every_tile_stays_within_the_budget(tokens, memory_budget):
     assert sum(LENGTHS) <= sum(sizes) / (NUM_IMAGES * NUM_PATCHES) <= sum(LENGTHS) + len(LENGTHS)
     sizes.clear()
     scores.square().sum().backward()
-    assert max(sizes) * 8 <= memory_budget
+    if memory_budget < 2**24:
+        assert max(sizes) * 8 <= memory_budget
+    else:
+        assert not sizes  # all pairs fit in one tile, which autograd has kept
 
 
 def test_backward_recomputes_only_pairs_with_a_gradient(tokens):
     sizes = []
-    scores = score_all_pairs(counting_rule(sizes), tokens, WORD_MASK, None, 2**24)[0]
+    scores = score_all_pairs(counting_rule(sizes), tokens, WORD_MASK, None, SEVERAL_TILES)[0]
     pairs = [(0, 2), (7, 1), (7, 7)]
     sizes.clear()
     sum(scores[pair] for pair in pairs).backward()
@@ -62,7 +66,7 @@ def test_backward_recomputes_only_pairs_with_a_gradient(tokens):
 
 def test_backward_of_nothing_computes_nothing(tokens):
     sizes = []
-    scores = score_all_pairs(counting_rule(sizes), tokens, WORD_MASK, None, 2**24)
+    scores = score_all_pairs(counting_rule(sizes), tokens, WORD_MASK, None, SEVERAL_TILES)
     sizes.clear()
     (scores * 0).sum().backward()
     assert sizes == [] and not tokens.patch_embeds.grad.any() and not tokens.word_embeds.grad.any()
@@ -70,7 +74,7 @@ def test_backward_of_nothing_computes_nothing(tokens):
 
 def test_a_second_derivative_is_refused(tokens):
     """The backward pass is written by hand: better an error than a wrong number."""
-    scores = score_all_pairs(counting_rule([]), tokens, WORD_MASK, None, 2**24)
+    scores = score_all_pairs(counting_rule([]), tokens, WORD_MASK, None, SEVERAL_TILES)
     (grad,) = torch.autograd.grad(scores.square().sum(), tokens.patch_embeds, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
