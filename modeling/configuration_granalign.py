@@ -59,9 +59,9 @@ class GranAlignConfig(PreTrainedConfig):
         num_regions (`int`, defaults to 5):
             Number of region prompts [K], at least 1. For LAPS, the number of tokens that the patches kept are aggregated to:
             in the paper 0.2 of all patches, 39 of 196.
-        region_logit_scale (`float`, defaults to 1.0):
-            Factor on the cosine of patch and region prompt before the sigmoid. 1 in the paper, where the affinities lie
-            in 0.27..0.73; larger values separate the regions.
+        region_logit_scale (`float`, defaults to 30.0):
+            Factor on the cosine of patch and region prompt before the sigmoid. The paper has none (1), with affinities in
+            0.27..0.73, so that all regions are the mean of all patches; larger values separate them.
         saliency_temperature (`float`, defaults to 1.0):
             Temperature of the Gumbel softmax [tau].
         level_weights (`list[float]`, defaults to `[0.4, 0.4, 0.2]`):
@@ -71,7 +71,8 @@ class GranAlignConfig(PreTrainedConfig):
         reconstruction_weight (`float`, defaults to 0.01):
             Weight of the reconstruction loss [L_recon].
         kl_weight (`float`, defaults to 0.001):
-            Weight of the KL divergence to the standard normal [L_KL], which is averaged over regions and features.
+            Weight of the KL divergence to the normal distribution of unit-length tokens, N(0, I / d) [L_KL], averaged over
+            regions and features.
         entropy_weight (`float`, defaults to 0.01):
             Weight of the entropy of the region affinities [L_ent]; positive: minimised, as printed in the paper.
         use_special_tokens (`bool`, defaults to `True`):
@@ -113,7 +114,7 @@ class GranAlignConfig(PreTrainedConfig):
     use_region_prompts: bool = True
     use_region_uncertainty: bool = True
     num_regions: int = 5
-    region_logit_scale: float | int = 1.0
+    region_logit_scale: float | int = 30.0
     saliency_temperature: float | int = 1.0
     level_weights: list[float | int] | tuple[float | int, ...] = (0.4, 0.4, 0.2)
     margin: float | int = 0.2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,12 +57,18 @@ def reconstruction_loss(region_embeds: Tensor, patch_embeds: Tensor, patch_mask:
 
 
 def gaussian_kl(region_means: Tensor, region_log_vars: Tensor) -> Tensor:
-    """L_KL: KL( N(mu, sigma^2) || N(0, I) ) = -1/2 (1 + log sigma^2 - mu^2 - sigma^2), mean over images, regions, features.
+    """L_KL: KL( N(mu, sigma^2) || N(0, I / d) ), mean over images, regions and features.
+
+    The paper's prior is N(0, I), for tokens whose features have unit variance. Tokens of unit length are 1 / sqrt(d) of
+    that, and so is this prior: the value is that of -1/2 (1 + log sigma^2 - mu^2 - sigma^2) for mu and sigma times sqrt(d).
+    A variance of 1 would pull the noise of a region to sqrt(d) times the length of a token.
 
     Args:
         region_means, region_log_vars: (B, K, d).
     """
-    return -0.5 * (1 + region_log_vars - region_means.square() - region_log_vars.exp()).mean()
+    dim = region_means.shape[-1]
+    log_vars = region_log_vars + math.log(dim)
+    return -0.5 * (1 + log_vars - dim * region_means.square() - log_vars.exp()).mean()
 
 
 def region_entropy(region_affinity: Tensor, patch_mask: Tensor) -> Tensor:

@@ -546,13 +546,14 @@ def reconstruction_loss(region_embeds: Any, patch_embeds: Any, patch_mask: Any =
 def gaussian_kl(region_means: Any, region_log_vars: Any) -> Tensor:
     """L_KL (eq. 8-13): mean over images, regions and features of -1/2 (1 + log sigma^2 - mu^2 - sigma^2), a scalar.
 
-    KL(N(mu, sigma^2) || N(0, 1)) per coordinate, >= 0. `region_means` and `region_log_vars` (B, K, D).
+    mu and sigma are those of tokens scaled from unit length to unit variance, by sqrt(D): KL(N(mu, sigma^2) || N(0, 1))
+    per coordinate, >= 0. `region_means` and `region_log_vars` (B, K, D), before that scaling.
     """
     region_means, region_log_vars = _f64(region_means), _f64(region_log_vars)
     terms = []
     for image_means, image_log_vars in zip(region_means, region_log_vars, strict=True):
         for means, log_vars in zip(image_means, image_log_vars, strict=True):
-            for mean, log_var in zip(means, log_vars, strict=True):
+            for mean, log_var in zip(means * len(means) ** 0.5, log_vars + math.log(len(log_vars)), strict=True):
                 terms.append(-0.5 * (1 + log_var - mean**2 - torch.exp(log_var)))
     return _mean(terms)
 

@@ -21,7 +21,7 @@ OWN_FIELDS = {  # name -> default; a change here is a change for every user
     "use_word_adapter": True,
     "use_region_prompts": True,
     "use_region_uncertainty": True,
-    "region_logit_scale": 1.0,
+    "region_logit_scale": 30.0,
     "saliency_temperature": 1.0,
     "level_weights": [0.4, 0.4, 0.2],
     "margin": 0.2,

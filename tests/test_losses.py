@@ -122,11 +122,11 @@ def test_reconstruction_by_hand():
     assert reconstruction_loss(regions, patches, mask).item() == 2.5
 
 
-def test_divergence_is_that_of_torch_and_0_for_a_standard_normal():
+def test_divergence_is_that_of_torch_and_0_for_a_normal_as_long_as_a_token():
     means, log_vars = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0)).double().unbind()
-    expected = kl_divergence(Normal(means, (log_vars / 2).exp()), Normal(torch.zeros_like(means), 1.0)).mean()
+    expected = kl_divergence(Normal(means, (log_vars / 2).exp()), Normal(torch.zeros_like(means), 4**-0.5)).mean()
     torch.testing.assert_close(gaussian_kl(means, log_vars), expected)
-    assert gaussian_kl(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)).item() == 0
+    assert gaussian_kl(torch.zeros(1, 2, 4), torch.full((1, 2, 4), -math.log(4))).item() == 0
 
 
 def test_entropy_by_hand():
