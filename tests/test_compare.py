@@ -1,6 +1,7 @@
 """The comparison of several runs: what it trains, what it skips, and the figures that it writes."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def test_a_comparison_trains_each_run_with_each_seed_once(recipe, calls, tmp_pat
     assert len({line.count("|") for line in lines}) == 1
     assert (tmp_path / "results" / "results.png").stat().st_size > 0
     calls.clear()
+    shutil.rmtree(tmp_path / "runs")  # the records beside the results are enough
     assert compare.main([str(recipe)])["runs"] == result["runs"] and calls == []
 
 
@@ -120,11 +122,16 @@ def test_an_interrupted_comparison_goes_on(recipe, calls, monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("file", "old", "new"), [("compare.yaml", "max_mean", "chan"), ("base.yaml", "where", "where else")]
 )
-def test_a_folder_of_other_settings_is_refused(recipe, calls, file, old, new):
+def test_a_folder_of_other_settings_is_refused(recipe, calls, tmp_path, file, old, new):
     compare.main([str(recipe)])
     changed = recipe.parent / file
     changed.write_text(changed.read_text().replace(old, new))
     with pytest.raises(ValueError, match=r"plain-seed0 holds a run of other settings .* Delete it, or change `output_dir`"):
+        compare.main([str(recipe)])
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(
+        ValueError, match=r"results.runs.plain-seed0 holds a run of other settings .*, or change `results_dir`"
+    ):
         compare.main([str(recipe)])
 
 

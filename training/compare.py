@@ -3,8 +3,10 @@
     python training/compare.py training/recipes/compare-flickr8k-frozen.yaml [--jobs 2]
 
 Each run is a call of train.py (and of evaluate.py, where the split is not the one that selects the epoch) in a folder of its
-own. Started again, it skips what is finished and resumes what was interrupted. Several jobs share the cores and write what
-they show to `train.log` and `evaluate.log` in the folders of their runs: small models gain by it.
+own. Started again, it skips what is finished and resumes what was interrupted. Of a finished run its settings, metrics and
+ranks stay beside the results, so that further runs are compared with it wherever those files are, without its checkpoint.
+Several jobs share the cores and write what they show to `train.log` and `evaluate.log` in the folders of their runs: small
+models gain by it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,7 +44,7 @@ class Comparison:
 
     base: str  # recipe, beside this one
     output_dir: str  # checkpoints and logs, a folder for each run and seed
-    results_dir: str  # table.md, results.json, results.png
+    results_dir: str  # table.md, results.json, results.png, and in `runs` the record of each finished run
     split: str
     seeds: list[int]
     baselines: list[str]  # runs that the others are compared with
@@ -154,7 +157,10 @@ def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step
     Raises:
         ValueError: the folder holds a run of other settings.
     """
-    folder, whole = run_folder(comparison, name, seed), run_settings(comparison, name, seed)
+    folder, record = run_folder(comparison, name, seed), record_folder(comparison, name, seed)
+    whole, ranks = run_settings(comparison, name, seed), f"ranks-{comparison.split}.npz"
+    if (record / ranks).is_file():
+        return
     if not (folder / "complete").is_file():
         is_started = (folder / "settings.json").is_file() and any(folder.glob("state/*/progress.json"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,22 +168,26 @@ def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step
         own = as_words({name: whole[name] for name in (*comparison.runs[name], "seed", "output_dir")})
         yield Step("train", [comparison.base, *own, *(["--resume", "true"] if is_started else [])], folder)
         (folder / "complete").touch()
-    if not (folder / f"ranks-{comparison.split}.npz").is_file():
+    if not (folder / ranks).is_file():
         of_data = {field.name: whole[field.name] for field in dataclasses.fields(DataArguments) if field.name in whole}
         yield Step("evaluate", [str(folder), *as_words({**of_data, "split": comparison.split})], folder)
+    record.mkdir(parents=True, exist_ok=True)
+    for file in ("settings.json", "metrics.json", ranks):  # the ranks last: they say that the record is complete
+        shutil.copy(folder / file, record)
 
 
 def run_settings(comparison: Comparison, name: str, seed: int) -> dict:
     """All settings of a run.
 
     Raises:
-        ValueError: its folder holds a run of others.
+        ValueError: its folder, or that of its record, holds a run of others.
     """
     folder, base = run_folder(comparison, name, seed), yaml.safe_load(Path(comparison.base).read_text())
     whole = {**base, **comparison.runs[name], "seed": seed, "output_dir": str(folder)}
-    settings = folder / "settings.json"
-    if settings.is_file() and json.loads(settings.read_text()) != whole:
-        raise ValueError(f"{folder} holds a run of other settings ({settings}). Delete it, or change `output_dir`.")
+    for place, field in ((folder, "output_dir"), (record_folder(comparison, name, seed), "results_dir")):
+        settings = place / "settings.json"
+        if settings.is_file() and json.loads(settings.read_text()) != whole:
+            raise ValueError(f"{place} holds a run of other settings ({settings}). Delete it, or change `{field}`.")
     return whole
 
 
@@ -195,12 +205,17 @@ def _start(step: Step, cores: list[int] | None) -> subprocess.Popen:
 def _ranks(comparison: Comparison, name: str, finished: set[tuple[int, str]]) -> list[RetrievalRanks]:
     """Of the first seeds of a run, as far as they are finished."""
     seeds = itertools.takewhile(lambda seed: (seed, name) in finished, comparison.seeds)
-    return [read_ranks(run_folder(comparison, name, seed) / f"ranks-{comparison.split}.npz") for seed in seeds]
+    return [read_ranks(record_folder(comparison, name, seed) / f"ranks-{comparison.split}.npz") for seed in seeds]
 
 
 def run_folder(comparison: Comparison, name: str, seed: int) -> Path:
     """Where a run has its checkpoint, whether it is there or not."""
     return Path(comparison.output_dir) / f"{name}-seed{seed}"
+
+
+def record_folder(comparison: Comparison, name: str, seed: int) -> Path:
+    """Where the settings, metrics and ranks of a finished run stay, whether they are there or not."""
+    return Path(comparison.results_dir) / "runs" / f"{name}-seed{seed}"
 
 
 def write_results(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], command: str) -> None:
@@ -225,7 +240,7 @@ def _row(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], name: s
     metrics = [ranks_to_metrics(r) for r in ranks[name]]
     row: dict = {"settings": comparison.runs[name], **{c: [m[c] for m in metrics] for c in COLUMNS}}
     records = [
-        json.loads((run_folder(comparison, name, seed) / "metrics.json").read_text())
+        json.loads((record_folder(comparison, name, seed) / "metrics.json").read_text())
         for seed in comparison.seeds[: len(metrics)]
     ]
     row["hours"] = [record["hours"] for record in records]

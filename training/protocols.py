@@ -74,7 +74,7 @@ def save_ranks(path: Path, galleries: Sequence[RetrievalRanks]) -> None:
     for number, ranks in enumerate(galleries):
         suffix = f"_{number}" if len(galleries) > 1 else ""
         arrays |= {f"{name}{suffix}": values for name, values in dataclasses.asdict(ranks).items()}
-    np.savez(path, **arrays)
+    np.savez_compressed(path, **arrays)
 
 
 def read_ranks(path: Path) -> RetrievalRanks:
