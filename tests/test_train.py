@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoProcessor
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import RetrievalRanks, paired_bootstrap, ranks_to_metrics, retrieval_metrics
-from granalign_hf.training import demo, evaluate, protocols, train
+from granalign_hf.training import checkpointing, demo, evaluate, protocols, train
 from granalign_hf.training.arguments import parse_arguments
 from granalign_hf.training.build import build
 from granalign_hf.training.data import load_split
@@ -249,11 +249,11 @@ def test_a_kill_at_any_moment_leaves_the_newest_complete_state(tmp_path, monkeyp
 
     def save(epoch):
         torch.nn.init.constant_(weight.weight, epoch)
-        train.save_state(accelerator, tmp_path, {"epoch": epoch})
+        checkpointing.save_state(accelerator, tmp_path, {"epoch": epoch})
 
     def resumed():
         torch.nn.init.constant_(weight.weight, -1)
-        return train.resume(accelerator, tmp_path)["epoch"], weight.weight.item()
+        return checkpointing.resume(accelerator, tmp_path)["epoch"], weight.weight.item()
 
     def kill(*args, **kwargs):
         raise KeyboardInterrupt
@@ -263,7 +263,7 @@ def test_a_kill_at_any_moment_leaves_the_newest_complete_state(tmp_path, monkeyp
         (accelerator, "wait_for_everyone", 9),  # the new state lacks what other processes write
         (Path, "write_text", 9),
         (Path, "replace", 9),
-        (train.shutil, "rmtree", 10),  # both are complete
+        (checkpointing.shutil, "rmtree", 10),  # both are complete
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, kill)

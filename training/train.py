@@ -7,7 +7,6 @@ Without arguments it trains the demo's recipe on drawn scenes.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -22,22 +21,18 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from granalign_hf.evaluation import RetrievalRanks, ranks_to_metrics, retrieval_ranks
-from granalign_hf.model_card import write_model_card
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments, parse_arguments
 from granalign_hf.training.build import build
+from granalign_hf.training.checkpointing import keep_best, resume, save_state
 from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split, noisy_order
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.leaks import save_training_images
-from granalign_hf.training.plot import plot_history
-from granalign_hf.training.protocols import save_ranks
-from granalign_hf.training.record import run_record
 from granalign_hf.training.runtime import set_up_torch
 from granalign_hf.training.scoring import scored_split
 
 logger = get_logger(__name__)
-MEASURED = ("metrics-*.json", "ranks-*.npz", "demo.png")
 
 
 @dataclass
@@ -221,21 +216,6 @@ def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict
     return ranks, {"validation": metrics, "diagnostics": diagnostics}
 
 
-def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRanks) -> None:
-    """Writes the checkpoint, and the rank of every query, if the last epoch is the best on validation; the record always."""
-    output, record = Path(training.run.output_dir), state["history"][-1]
-    best = max((r for r in state["history"] if "validation" in r), key=lambda r: r["validation"]["rsum"])
-    if best is record:
-        state["best_epoch"] = record["epoch"]
-    if not training.accelerator.is_main_process:
-        return
-    if best is record:
-        save_checkpoint(training.plain_model, training.processor, output)
-        save_ranks(output / f"ranks-{training.run.validation_split}.npz", [ranks])
-    write_metrics(output, training, command, state)
-    tqdm.write(f"epoch {record['epoch']}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
-
-
 def parameter_groups(model: torch.nn.Module, run: RunArguments) -> list[dict]:
     """New layers at the full rate, encoders at a part of it; weight decay for matrices only."""
     groups = []
@@ -274,59 +254,6 @@ def warn_if_stuck(totals: dict[str, float], run: RunArguments, margin: float, us
             f"{', '.join(stuck)} stays at 2 x margin = {2 * margin:.3f}: all pairs score alike, the model has collapsed. "
             f"Raise `warmup_epochs` (now {run.warmup_epochs}) or lower `learning_rate`."
         )
-
-
-def save_checkpoint(model, processor, output: Path) -> None:
-    """The complete folder that `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained` read.
-
-    What evaluations have measured on the weights of before goes: it would stand beside others.
-    """
-    for pattern in MEASURED:
-        for path in output.glob(pattern):
-            path.unlink()
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-
-
-def write_metrics(output: Path, training: Training, command: str, state: dict) -> None:
-    """metrics.json, the learning curve and the card beside the best checkpoint."""
-    record = run_record(training.run, command, training.plain_model.config, training.train_data, state)
-    (output / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot_history(state["history"], output / "learning_curve.png")
-    write_model_card(output)
-
-
-def save_state(accelerator: Accelerator, output: Path, state: dict) -> None:
-    """Everything that `--resume` needs, in a folder of its own; those of earlier epochs are removed after that.
-
-    A folder counts from the moment that it holds progress.json, which is written last and appears as a whole.
-    """
-    new = output / "state" / f"epoch-{state['epoch']}"
-    accelerator.save_state(str(new))
-    accelerator.wait_for_everyone()  # each process writes its own random state
-    if accelerator.is_main_process:
-        (new / "progress.tmp").write_text(json.dumps(state))
-        (new / "progress.tmp").replace(new / "progress.json")
-        for other in (output / "state").iterdir():
-            if other != new:
-                shutil.rmtree(other)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator: Accelerator, output: Path) -> dict:
-    """Loads the newest complete state of [`save_state`] and returns the progress of the run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    complete = [path.parent for path in (output / "state").glob("epoch-*/progress.json")]
-    if not complete:
-        raise ValueError(
-            f"`resume` found no saved state in {output / 'state'}. Start without --resume, or name the right output_dir."
-        )
-    newest = max(complete, key=lambda folder: int(folder.name.removeprefix("epoch-")))
-    accelerator.load_state(str(newest))
-    return json.loads((newest / "progress.json").read_text())
 
 
 def _last_rsum(state: dict) -> str:
