@@ -1,4 +1,4 @@
-"""What a run leaves on disk: the best checkpoint with its record, and the states from which `--resume` goes on."""
+"""The best checkpoint of a run, with what was measured on it and the record of the run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from granalign_hf.evaluation import RetrievalRanks
@@ -15,11 +14,13 @@ from granalign_hf.model_card import write_model_card
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
+from granalign_hf.training.states import one_clear_error, write_whole
 
 if TYPE_CHECKING:
     from granalign_hf.training.train import Training
 
-MEASURED = ("metrics-*.json", "ranks-*.npz", "demo.png")
+# What tells of the weights of before, and these.
+REPLACED = ("metrics*.json", "ranks-*.npz", "demo.png", "README.md", "model*.safetensors*")
 
 
 def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRanks) -> None:
@@ -30,61 +31,40 @@ def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRan
         state["best_epoch"] = record["epoch"]
     if not training.accelerator.is_main_process:
         return
-    if best is record:
-        save_checkpoint(training.plain_model, training.processor, output)
-        save_ranks(output / f"ranks-{training.run.validation_split}.npz", [ranks])
-    write_metrics(output, training, command, state)
+    with one_clear_error("best checkpoint", output):
+        if best is record:
+            new = output / "checkpoint-unfinished"
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+            save_checkpoint(training.plain_model, training.processor, new)
+            save_ranks(new / f"ranks-{training.run.validation_split}.npz", [ranks])
+            replace_checkpoint(output, new)
+        write_metrics(output, training, command, state)
     tqdm.write(f"epoch {record['epoch']}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
 
 
-def save_checkpoint(model, processor, output: Path) -> None:
-    """The complete folder that `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained` read.
+def save_checkpoint(model, processor, folder: Path) -> None:
+    """The complete folder that `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained` read."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
-    What evaluations have measured on the weights of before goes: it would stand beside others.
+
+def replace_checkpoint(output: Path, new: Path) -> None:
+    """Moves the files of a new checkpoint into the place of the one before, whose figures go with it.
+
+    Nothing is loaded without config.json, so that goes first and comes last: what a kill in between leaves is refused, never
+    taken for a checkpoint, and `--resume` writes it once more.
     """
-    for pattern in MEASURED:
-        for path in output.glob(pattern):
-            path.unlink()
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    old = [path for pattern in REPLACED for path in output.glob(pattern)]
+    for path in [output / "config.json", *old]:
+        path.unlink(missing_ok=True)
+    for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(output / path.name)
+    new.rmdir()
 
 
 def write_metrics(output: Path, training: Training, command: str, state: dict) -> None:
     """metrics.json, the learning curve and the card beside the best checkpoint."""
     record = run_record(training.run, command, training.plain_model.config, training.train_data, state)
-    (output / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(output / "metrics.json", json.dumps(record, indent=2) + "\n")
     plot_history(state["history"], output / "learning_curve.png")
     write_model_card(output)
-
-
-def save_state(accelerator: Accelerator, output: Path, state: dict) -> None:
-    """Everything that `--resume` needs, in a folder of its own; those of earlier epochs are removed after that.
-
-    A folder counts from the moment that it holds progress.json, which is written last and appears as a whole.
-    """
-    new = output / "state" / f"epoch-{state['epoch']}"
-    accelerator.save_state(str(new))
-    accelerator.wait_for_everyone()  # each process writes its own random state
-    if accelerator.is_main_process:
-        (new / "progress.tmp").write_text(json.dumps(state))
-        (new / "progress.tmp").replace(new / "progress.json")
-        for other in (output / "state").iterdir():
-            if other != new:
-                shutil.rmtree(other)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator: Accelerator, output: Path) -> dict:
-    """Loads the newest complete state of [`save_state`] and returns the progress of the run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    complete = [path.parent for path in (output / "state").glob("epoch-*/progress.json")]
-    if not complete:
-        raise ValueError(
-            f"`resume` found no saved state in {output / 'state'}. Start without --resume, or name the right output_dir."
-        )
-    newest = max(complete, key=lambda folder: int(folder.name.removeprefix("epoch-")))
-    accelerator.load_state(str(newest))
-    return json.loads((newest / "progress.json").read_text())
