@@ -14,7 +14,7 @@ from granalign_hf.model_card import write_model_card
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
-from granalign_hf.training.states import one_clear_error, write_whole
+from granalign_hf.training.states import flush, one_clear_error, write_whole
 
 if TYPE_CHECKING:
     from granalign_hf.training.train import Training
@@ -54,6 +54,7 @@ def replace_checkpoint(output: Path, new: Path) -> None:
     Nothing is loaded without config.json, so that goes first and comes last: what a kill in between leaves is refused, never
     taken for a checkpoint, and `--resume` writes it once more.
     """
+    flush(new)
     old = [path for pattern in REPLACED for path in output.glob(pattern)]
     for path in [output / "config.json", *old]:
         path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import RNG_STATE_NAME, load
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 # Settings that may change when a run goes on: they leave its steps as they are.
 FREE = (
-    *("output_dir", "resume", "epochs", "eval_batch_size", "eval_interval", "num_workers", "report_to"),
-    *("notes", "data_notes", "save_steps", "total_limit"),
+    *("output_dir", "resume", "epochs", "eval_batch_size", "eval_interval", "report_to", "notes", "data_notes"),
+    *("save_steps", "total_limit"),
 )
 
 
@@ -78,7 +79,7 @@ class States:
             self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.accelerator.is_main_process:
             with one_clear_error("state", folder):
-                _flush(folder)
+                flush(folder)
                 write_whole(folder / "progress.json", json.dumps(state))
             self._remove_old(folder)
         self.newest = folder
@@ -137,7 +138,10 @@ def run_settings(training: Training, fields: dict) -> dict:
         fields: of `GranAlignConfig`, as given.
     """
     shares = {"num_processes": training.accelerator.num_processes, "steps_per_epoch": len(training.loader)}
-    return json.loads(json.dumps({**dataclasses.asdict(training.run), **fields, **shares}))
+    settings = {**dataclasses.asdict(training.run), **fields, **shares}
+    if not isinstance(training.loader.dataset, torch.utils.data.IterableDataset):
+        del settings["num_workers"]  # a stream alone is shared out by it
+    return json.loads(json.dumps(settings))
 
 
 def refuse_another_run(folder: Path, before: dict, now: dict) -> None:
@@ -196,8 +200,8 @@ def _unreadable(folder: Path) -> ValueError:
     )
 
 
-def _flush(folder: Path) -> None:
-    """To the disk, so that not even a power cut leaves progress.json without the rest."""
+def flush(folder: Path) -> None:
+    """Brings the files of a folder to the disk, so that not even a power cut leaves what comes after them without them."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("r+b") as file:
