@@ -13,12 +13,14 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from test_train import TINY
+from torch.distributed.fsdp import StateDictType
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModel
 
@@ -367,6 +369,13 @@ def test_nothing_in_a_state_is_executed(tmp_path, name, dump):
     with pytest.raises(ValueError, match=r"The state .*step-1 cannot be read: .*holds more than data\. Remove the folder"):
         load(states, layer)
     assert not (tmp_path / "executed").exists()
+
+
+def test_states_that_would_be_unpickled_are_refused(tmp_path):
+    plugin = SimpleNamespace(state_dict_type=StateDictType.SHARDED_STATE_DICT)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match="`fsdp_state_dict_type` must be FULL_STATE_DICT, got SHARDED_STATE_DICT"):
+        States(accelerator, tmp_path, 1)
 
 
 def test_a_run_of_other_settings_is_not_resumed(whole, tmp_path):

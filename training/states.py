@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import RNG_STATE_NAME, load
 from safetensors import SafetensorError
+from torch.distributed.fsdp import StateDictType
 
 if TYPE_CHECKING:
     from granalign_hf.training.train import Training
@@ -42,11 +43,20 @@ class States:
 
     Attributes:
         newest: the folder of the last complete state, if there is one. step: its number of steps, from the start of the run.
+
+    Raises:
+        ValueError: FSDP shall write states in shards, whose list of files is read by pickle.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, total_limit: int):
         self.accelerator, self.folder, self.total_limit = accelerator, folder, total_limit
         self.newest: Path | None = None
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+            raise ValueError(
+                f"`fsdp_state_dict_type` must be FULL_STATE_DICT, got {plugin.state_dict_type.name}: to resume from that "
+                "would unpickle files."
+            )
 
     @property
     def step(self) -> int:
