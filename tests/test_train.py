@@ -220,67 +220,6 @@ def test_evaluate_refuses_an_output_that_it_could_not_write_before_it_loads(outp
     assert f"the output {output} cannot be written" in capsys.readouterr().err
 
 
-def test_resumed_run_ends_as_the_uninterrupted_one(trained, tmp_path):
-    folder, state = trained
-    arguments = [*TINY, "--output_dir", str(tmp_path)]
-    original = train.save_state
-
-    def interrupt(accelerator, output, progress):
-        original(accelerator, output, progress)
-        if progress["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    train.save_state = interrupt
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train.main(arguments)
-    finally:
-        train.save_state = original
-    resumed = train.main([*arguments, "--resume"])
-    strip = [{k: v for k, v in record.items() if k != "diagnostics"} for record in state["history"]]
-    assert [{k: v for k, v in record.items() if k != "diagnostics"} for record in resumed["history"]] == strip
-    expected, got = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
-
-
-def test_a_kill_at_any_moment_leaves_the_newest_complete_state(tmp_path, monkeypatch):
-    accelerator, weight = Accelerator(), torch.nn.Linear(1, 1)
-    accelerator.register_for_checkpointing(weight)
-
-    def save(epoch):
-        torch.nn.init.constant_(weight.weight, epoch)
-        train.save_state(accelerator, tmp_path, {"epoch": epoch})
-
-    def resumed():
-        torch.nn.init.constant_(weight.weight, -1)
-        return train.resume(accelerator, tmp_path)["epoch"], weight.weight.item()
-
-    def kill(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    save(9)
-    for owner, name, newest in (
-        (accelerator, "wait_for_everyone", 9),  # the new state lacks what other processes write
-        (Path, "write_text", 9),
-        (Path, "replace", 9),
-        (train.shutil, "rmtree", 10),  # both are complete
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, kill)
-            with pytest.raises(KeyboardInterrupt):
-                save(10)
-        assert resumed() == (newest, newest)
-    save(10)
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["epoch-10"]
-
-
-def test_a_new_run_does_not_resume_an_earlier_one(tmp_path, monkeypatch):
-    (tmp_path / "state" / "epoch-7").mkdir(parents=True)
-    (tmp_path / "state" / "epoch-7" / "progress.json").write_text("{}")
-    train.main([*TINY, "--output_dir", str(tmp_path), "--epochs", "1"])
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["epoch-1"]
-
-
 def rates_of_a_run(argv: list[str]) -> list[float]:
     """The learning rate at each step."""
     rates: list[float] = []
@@ -306,7 +245,7 @@ def test_two_processes_follow_the_schedule_of_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two_processes, (tmp_path, argv), nprocs=2)
     assert len(alone) == 6 and len(set(alone)) > 3
     assert [json.loads((tmp_path / f"rates-{rank}.json").read_text()) for rank in range(2)] == [alone] * 2
-    names = {path.name for path in (tmp_path / "both" / "state" / "epoch-2").iterdir()}
+    names = {path.name for path in (tmp_path / "both" / "state" / "step-6").iterdir()}
     assert {"progress.json", "random_states_0.pkl", "random_states_1.pkl"} <= names
 
 
@@ -350,11 +289,6 @@ def test_captions_that_are_too_long_are_counted_once(tmp_path, caplog):
     captions += load_split("scenes", "validation").first(12).all_captions
     count = f" of {len(captions)} captions were cut to the 9 tokens"
     assert len([message for message in caplog.messages if count in message]) == 1
-
-
-def test_resume_without_a_state_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="found no saved state"):
-        train.main([*TINY, "--output_dir", str(tmp_path), "--resume"])
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path):

@@ -144,7 +144,9 @@ class RunArguments(DataArguments):
     eval_batch_size: int = setting(64, "Images per step in validation, at most 128.")
     eval_interval: int = setting(1, "Epochs between validations.")
     report_to: str = setting("tensorboard", "An installed tracker that Accelerate knows, or `none`.")
-    resume: bool = setting(False, "Go on from the last complete epoch in `output_dir`.")
+    save_steps: int | None = setting(None, "Save a state after so many steps too, not only after each epoch.")
+    total_limit: int = setting(1, "States that are kept, the last ones; the best checkpoint stays beside them.")
+    resume: bool = setting(False, "Go on from the last complete state in `output_dir`.")
     notes: list[str] = setting([], "Sentences for the card: what a reader of the figures must know.")
     data_notes: list[str] = setting([], "Sentences for the card about the data, its licence above all.")
 
@@ -250,7 +252,7 @@ def _source_problems(run: RunArguments, where: Callable[[str], str]) -> list[str
 def _problems(run: RunArguments) -> list[str]:
     """What no run could do, all at once."""
     counts = ["epochs", "batch_size", "eval_interval", "eval_batch_size", "num_scenes"]
-    counts += ["max_train_images", "max_eval_images"]
+    counts += ["max_train_images", "max_eval_images", "save_steps", "total_limit"]
     problems = range_problems(run, counts, "must be at least 1", lambda value: value >= 1)
     not_negative = ("captions_per_image", "encoder_lr_factor", "weight_decay", "warmup_epochs", "num_workers", "seed")
     problems += range_problems(run, not_negative, "must be at least 0", lambda value: 0 <= value < math.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ def run_record(run: RunArguments, command: str, config: GranAlignConfig, train_d
     best: dict = next((r for r in state["history"] if r["epoch"] == state["best_epoch"]), {})
     return {
         "recipe": next((word for word in shlex.split(command) if word.endswith(".yaml")), "demo-scenes.yaml"),
-        "command": portable(command),
+        "command": without_resume(portable(command)),
         "seed": run.seed,
         "date": datetime.date.today().isoformat(),
         "hours": round(state["seconds"] / 3600, 4),
@@ -54,6 +55,11 @@ def run_record(run: RunArguments, command: str, config: GranAlignConfig, train_d
         "notes": run.notes,
         "data_notes": run.data_notes,
     }
+
+
+def without_resume(command: str) -> str:
+    """A resumed run ends as the one that was never interrupted, so the command of that one tells how it came about."""
+    return re.sub(r" --resume(?![\w-])([ =](?!-)\S+)?", "", command)
 
 
 def _earlier_run(checkpoint: str | None) -> dict | None:

@@ -7,37 +7,36 @@ Without arguments it trains the demo's recipe on drawn scenes.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from granalign_hf.evaluation import RetrievalRanks, ranks_to_metrics, retrieval_ranks
-from granalign_hf.model_card import write_model_card
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments, parse_arguments
 from granalign_hf.training.build import build
+from granalign_hf.training.checkpointing import keep_best
 from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split, noisy_order
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
+from granalign_hf.training.interruption import Interruption
 from granalign_hf.training.leaks import save_training_images
-from granalign_hf.training.plot import plot_history
-from granalign_hf.training.protocols import save_ranks
-from granalign_hf.training.record import run_record
 from granalign_hf.training.runtime import set_up_torch
 from granalign_hf.training.scoring import scored_split
+from granalign_hf.training.states import States, one_clear_error, run_settings
 
 logger = get_logger(__name__)
-MEASURED = ("metrics-*.json", "ranks-*.npz", "demo.png")
 
 
 @dataclass
@@ -64,41 +63,35 @@ class Training:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Trains a model; returns the state of the run: `history`, `best_epoch`, `seconds`."""
+    """Trains a model; returns the state of the run: `history`, `best_epoch`, `seconds`.
+
+    Raises:
+        SystemExit: a setting is wrong, or SIGTERM or Ctrl-C has ended the run, with 128 + the number of the signal.
+        OSError: the output folder cannot be written.
+    """
     started = time.perf_counter()
     run, fields, command = parse_arguments(argv)
     output = Path(run.output_dir)
+    with one_clear_error("output folder", output):
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
         log_with=None if run.report_to == "none" else run.report_to,
         project_dir=output,
+        step_scheduler_with_optimizer=False,  # else it takes a step for every process, not one for all of them
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     set_up_torch(run.matmul_precision, accelerator.num_processes)
     set_seed(run.seed)
     training = set_up(run, fields, accelerator)
-    state: dict = {"epoch": 0, "best_epoch": None, "seconds": 0.0, "history": []}
-    if run.resume:
-        state = resume(accelerator, output)
-    elif accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(output / "state", ignore_errors=True)  # of an earlier run: `resume` would take it for this one's
-    started -= state["seconds"]
+    states = States(accelerator, output / "state", run.total_limit)
+    settings = run_settings(training, fields)
+    state = states.load(settings) if run.resume else states.begin(settings)
     if run.report_to != "none":
         accelerator.init_trackers("granalign")
-    for epoch in range(state["epoch"], run.epochs):
-        record: dict = {"epoch": epoch + 1, **train_epoch(training, epoch, _last_rsum(state))}
-        is_due = (epoch + 1) % run.eval_interval == 0 or epoch + 1 == run.epochs
-        ranks = None
-        if is_due:
-            ranks, figures = validate_epoch(training, epoch)
-            record |= figures
-        state["history"].append(record)
-        state["epoch"] = epoch + 1
-        state["seconds"] = time.perf_counter() - started
-        if ranks is not None:
-            keep_best(training, command, state, ranks)
-        save_state(accelerator, output, state)
+    with Interruption(accelerator) as interruption:
+        train_epochs(training, state, states, interruption, command, started - state["seconds"])
     accelerator.end_training()
     if accelerator.is_main_process:
         # Last, since no other process waits for it.
@@ -106,6 +99,43 @@ def main(argv: list[str] | None = None) -> dict:
             save_training_images(training.train_data, output)
         print(f"best epoch {state['best_epoch']}: checkpoint and metrics in {output}")
     return state
+
+
+def train_epochs(
+    training: Training, state: dict, states: States, interruption: Interruption, command: str, started: float
+) -> None:
+    """The epochs that are left, with their validations; saves on the way, and ends early where a signal asks for it."""
+    run, accelerator = training.run, training.accelerator
+
+    def save() -> None:
+        state["seconds"] = time.perf_counter() - started
+        states.save(state, num_steps(training, state))
+
+    def leave_if_asked() -> None:
+        if signal := interruption.agreed_signal():
+            save()
+            accelerator.end_training()
+            if accelerator.is_main_process:
+                tqdm.write(f"{signal.name}: the run is saved in {states.newest}. It goes on with --resume.")
+            raise SystemExit(128 + signal)
+
+    for epoch in range(state["epoch"], run.epochs):
+        for _ in train_epoch(training, state):
+            leave_if_asked()
+            if run.save_steps and num_steps(training, state) - states.step >= run.save_steps:
+                save()
+        record: dict = {"epoch": epoch + 1, **state["totals"]}
+        ranks = None
+        if (epoch + 1) % run.eval_interval == 0 or epoch + 1 == run.epochs:
+            save()  # a kill in the validation costs no step
+            ranks, figures = validate_epoch(training, epoch)
+            record |= figures
+        state |= {"epoch": epoch + 1, "step": 0, "totals": {}, "history": [*state["history"], record]}
+        state["seconds"] = time.perf_counter() - started
+        if ranks is not None:
+            keep_best(training, command, state, ranks)
+        save()
+    leave_if_asked()
 
 
 def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Training:
@@ -159,22 +189,27 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     if len(loader) == 0:
         needed = run.batch_size * accelerator.num_processes
         raise ValueError(f"`batch_size` {run.batch_size} needs {needed} training images for one step, got {len(images)}.")
-    # Not prepared: Accelerate would step it once for every process, as if its length were counted in their batches.
-    scheduler = make_scheduler(optimizer, run, len(loader))
-    accelerator.register_for_checkpointing(scheduler)
+    scheduler = accelerator.prepare_scheduler(make_scheduler(optimizer, run, len(loader)))
     return Training(
         run, accelerator, train_data, val_data, val_features, processor, model, images, order, loader, optimizer, scheduler
     )
 
 
-def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, float]:
-    """One pass over the training images; the mean of the loss and of each of its terms.
+def num_steps(training: Training, state: dict) -> int:
+    """Those finished since the start of the run."""
+    return state["epoch"] * len(training.loader) + state["step"]
+
+
+def train_epoch(training: Training, state: dict) -> Iterator[None]:
+    """What is left of an epoch; comes back after each step, when `state` tells of it.
+
+    Its `totals` are the mean of the loss and of each of its terms at the end.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     run, accelerator, model = training.run, training.accelerator, training.model
-    num_steps = len(training.loader)
+    epoch, totals, steps_per_epoch = state["epoch"], state["totals"], len(training.loader)
     training.order.manual_seed(run.seed * 100_003 + epoch)
     training.images.epoch = epoch
     model.train()
@@ -182,9 +217,12 @@ def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, flo
         training.plain_model.vision_model.eval()
         training.plain_model.text_model.eval()
     use_hard_negatives = epoch >= run.warmup_epochs
-    totals: dict[str, float] = {}
-    bar = tqdm(training.loader, desc=f"epoch {epoch + 1}/{run.epochs}", disable=not accelerator.is_main_process)
-    for step, batch in enumerate(bar):
+    batches = training.loader
+    if state["step"]:
+        batches = skip_first_batches(batches, state["step"])  # of the order that the seed of the epoch decides on
+    title, is_quiet = f"epoch {epoch + 1}/{run.epochs}", not accelerator.is_main_process
+    bar = tqdm(batches, title, steps_per_epoch, initial=state["step"], disable=is_quiet)
+    for step, batch in enumerate(bar, state["step"]):
         out = model(**batch, return_loss=True, use_hard_negatives=use_hard_negatives)
         values = {name: value.detach().float().item() for name, value in {"loss": out.loss, **out.loss_terms}.items()}
         if not math.isfinite(values["loss"]):
@@ -196,14 +234,15 @@ def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, flo
             training.scheduler.step()
         training.optimizer.zero_grad()
         for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + value / num_steps
-        bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum)
+            totals[name] = totals.get(name, 0.0) + value / steps_per_epoch
+        bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum(state))
         if step % 20 == 0:
             logged = {f"train/{name}": value for name, value in values.items()} | {"train/grad_norm": float(grad_norm)}
             logged |= {f"lr/{group['name']}": group["lr"] for group in training.optimizer.param_groups}
-            accelerator.log(logged, step=epoch * num_steps + step)
+            accelerator.log(logged, step=num_steps(training, state))
+        state["step"] = step + 1
+        yield
     warn_if_stuck(totals, run, training.plain_model.config.margin, use_hard_negatives)
-    return totals
 
 
 def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict[str, dict]]:
@@ -219,21 +258,6 @@ def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict
     step = (epoch + 1) * len(training.loader)
     accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
     return ranks, {"validation": metrics, "diagnostics": diagnostics}
-
-
-def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRanks) -> None:
-    """Writes the checkpoint, and the rank of every query, if the last epoch is the best on validation; the record always."""
-    output, record = Path(training.run.output_dir), state["history"][-1]
-    best = max((r for r in state["history"] if "validation" in r), key=lambda r: r["validation"]["rsum"])
-    if best is record:
-        state["best_epoch"] = record["epoch"]
-    if not training.accelerator.is_main_process:
-        return
-    if best is record:
-        save_checkpoint(training.plain_model, training.processor, output)
-        save_ranks(output / f"ranks-{training.run.validation_split}.npz", [ranks])
-    write_metrics(output, training, command, state)
-    tqdm.write(f"epoch {record['epoch']}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
 
 
 def parameter_groups(model: torch.nn.Module, run: RunArguments) -> list[dict]:
@@ -276,63 +300,13 @@ def warn_if_stuck(totals: dict[str, float], run: RunArguments, margin: float, us
         )
 
 
-def save_checkpoint(model, processor, output: Path) -> None:
-    """The complete folder that `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained` read.
-
-    What evaluations have measured on the weights of before goes: it would stand beside others.
-    """
-    for pattern in MEASURED:
-        for path in output.glob(pattern):
-            path.unlink()
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-
-
-def write_metrics(output: Path, training: Training, command: str, state: dict) -> None:
-    """metrics.json, the learning curve and the card beside the best checkpoint."""
-    record = run_record(training.run, command, training.plain_model.config, training.train_data, state)
-    (output / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot_history(state["history"], output / "learning_curve.png")
-    write_model_card(output)
-
-
-def save_state(accelerator: Accelerator, output: Path, state: dict) -> None:
-    """Everything that `--resume` needs, in a folder of its own; those of earlier epochs are removed after that.
-
-    A folder counts from the moment that it holds progress.json, which is written last and appears as a whole.
-    """
-    new = output / "state" / f"epoch-{state['epoch']}"
-    accelerator.save_state(str(new))
-    accelerator.wait_for_everyone()  # each process writes its own random state
-    if accelerator.is_main_process:
-        (new / "progress.tmp").write_text(json.dumps(state))
-        (new / "progress.tmp").replace(new / "progress.json")
-        for other in (output / "state").iterdir():
-            if other != new:
-                shutil.rmtree(other)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator: Accelerator, output: Path) -> dict:
-    """Loads the newest complete state of [`save_state`] and returns the progress of the run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    complete = [path.parent for path in (output / "state").glob("epoch-*/progress.json")]
-    if not complete:
-        raise ValueError(
-            f"`resume` found no saved state in {output / 'state'}. Start without --resume, or name the right output_dir."
-        )
-    newest = max(complete, key=lambda folder: int(folder.name.removeprefix("epoch-")))
-    accelerator.load_state(str(newest))
-    return json.loads((newest / "progress.json").read_text())
-
-
-def _last_rsum(state: dict) -> str:
+def last_rsum(state: dict) -> str:
     done = [record["validation"]["rsum"] for record in state["history"] if "validation" in record]
     return f"{done[-1]:.1f}" if done else "-"
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the first step, after the last one, or for the second time
+        raise SystemExit(128 + SIGINT) from None
