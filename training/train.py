@@ -30,11 +30,13 @@ from granalign_hf.training.build import build
 from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split, noisy_order
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.leaks import save_training_images
+from granalign_hf.training.observing import EpochLog, log_validation, log_word_maps, start_trackers
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
 from granalign_hf.training.runtime import set_up_torch
 from granalign_hf.training.scoring import scored_split
+from granalign_hf.training.tuning import add_adapters, merged_state, parameter_groups, rest_frozen_encoders
 
 logger = get_logger(__name__)
 MEASURED = ("metrics-*.json", "ranks-*.npz", "demo.png")
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
     output = Path(run.output_dir)
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
-        log_with=None if run.report_to == "none" else run.report_to,
+        log_with=None if run.report_to == ["none"] else run.report_to,
         project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
@@ -84,8 +86,7 @@ def main(argv: list[str] | None = None) -> dict:
         output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(output / "state", ignore_errors=True)  # of an earlier run: `resume` would take it for this one's
     started -= state["seconds"]
-    if run.report_to != "none":
-        accelerator.init_trackers("granalign")
+    start_trackers(accelerator, run, fields)
     for epoch in range(state["epoch"], run.epochs):
         record: dict = {"epoch": epoch + 1, **train_epoch(training, epoch, _last_rsum(state))}
         is_due = (epoch + 1) % run.eval_interval == 0 or epoch + 1 == run.epochs
@@ -129,6 +130,8 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     caption_order = noisy_order(len(train_data.all_captions), run.caption_noise, run.seed)
     images: TrainingImages | FeatureImages
     collate: Collator | FeatureCollator
+    if run.lora_rank:
+        add_adapters(model, run)
     if run.freeze_encoders:
         model.vision_model.requires_grad_(False)
         model.text_model.requires_grad_(False)
@@ -167,8 +170,8 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     )
 
 
-def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, float]:
-    """One pass over the training images; the mean of the loss and of each of its terms.
+def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict:
+    """One pass over the training images; the means of [`EpochLog.record`].
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -178,11 +181,9 @@ def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, flo
     training.order.manual_seed(run.seed * 100_003 + epoch)
     training.images.epoch = epoch
     model.train()
-    if run.freeze_encoders:
-        training.plain_model.vision_model.eval()
-        training.plain_model.text_model.eval()
+    rest_frozen_encoders(training.plain_model)
     use_hard_negatives = epoch >= run.warmup_epochs
-    totals: dict[str, float] = {}
+    log = EpochLog(accelerator, training.optimizer, epoch, num_steps)
     bar = tqdm(training.loader, desc=f"epoch {epoch + 1}/{run.epochs}", disable=not accelerator.is_main_process)
     for step, batch in enumerate(bar):
         out = model(**batch, return_loss=True, use_hard_negatives=use_hard_negatives)
@@ -191,19 +192,15 @@ def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, flo
             raise FloatingPointError(f"The loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: {values}")
         accelerator.backward(out.loss)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
+        log.add(step, values, float(grad_norm))
         training.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             training.scheduler.step()
         training.optimizer.zero_grad()
-        for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + value / num_steps
         bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum)
-        if step % 20 == 0:
-            logged = {f"train/{name}": value for name, value in values.items()} | {"train/grad_norm": float(grad_norm)}
-            logged |= {f"lr/{group['name']}": group["lr"] for group in training.optimizer.param_groups}
-            accelerator.log(logged, step=epoch * num_steps + step)
-    warn_if_stuck(totals, run, training.plain_model.config.margin, use_hard_negatives)
-    return totals
+    record = log.record()
+    warn_if_stuck(record, run, training.plain_model.config.margin, use_hard_negatives)
+    return record
 
 
 def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict[str, dict]]:
@@ -217,7 +214,8 @@ def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict
         ranks = retrieval_ranks(scores, training.val_data.caption_image_index)
     metrics = ranks_to_metrics(ranks)
     step = (epoch + 1) * len(training.loader)
-    accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+    log_validation(accelerator, metrics, diagnostics, step)
+    log_word_maps(accelerator, training.plain_model, training.processor, training.val_data, step)
     return ranks, {"validation": metrics, "diagnostics": diagnostics}
 
 
@@ -236,26 +234,6 @@ def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRan
     tqdm.write(f"epoch {record['epoch']}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
 
 
-def parameter_groups(model: torch.nn.Module, run: RunArguments) -> list[dict]:
-    """New layers at the full rate, encoders at a part of it; weight decay for matrices only."""
-    groups = []
-    for is_encoder in (False, True):
-        for is_matrix in (True, False):
-            parameters = [
-                p
-                for name, p in model.named_parameters()
-                if p.requires_grad
-                and name.startswith(("vision_model.", "text_model.")) == is_encoder
-                and (p.ndim > 1) == is_matrix
-            ]
-            rate = run.learning_rate * (run.encoder_lr_factor if is_encoder else 1.0)
-            decay = run.weight_decay if is_matrix else 0.0
-            if parameters:
-                name = "encoders" if is_encoder else "new_layers"
-                groups.append({"params": parameters, "weight_decay": decay, "lr": rate, "name": name})
-    return groups
-
-
 def make_scheduler(optimizer, run: RunArguments, steps_per_epoch: int):
     if run.lr_scheduler == "multistep":
         milestones = [epoch * steps_per_epoch for epoch in run.lr_milestones]
@@ -264,10 +242,10 @@ def make_scheduler(optimizer, run: RunArguments, steps_per_epoch: int):
     return get_scheduler(run.lr_scheduler, optimizer, int(run.lr_warmup_share * num_steps), num_steps)
 
 
-def warn_if_stuck(totals: dict[str, float], run: RunArguments, margin: float, use_hard_negatives: bool) -> None:
+def warn_if_stuck(record: dict, run: RunArguments, margin: float, use_hard_negatives: bool) -> None:
     """A hinge of 2 x margin with hardest negatives means that all pairs score alike."""
     stuck = [
-        name for name, value in totals.items() if name.startswith("contrastive") and abs(value - 2 * margin) < 0.02 * margin
+        name for name, value in record.items() if name.startswith("contrastive") and abs(value - 2 * margin) < 0.02 * margin
     ]
     if use_hard_negatives and stuck:
         logger.warning(
@@ -284,7 +262,7 @@ def save_checkpoint(model, processor, output: Path) -> None:
     for pattern in MEASURED:
         for path in output.glob(pattern):
             path.unlink()
-    model.save_pretrained(output)
+    model.save_pretrained(output, state_dict=merged_state(model))
     processor.save_pretrained(output)
 
 
