@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
 
 import numpy as np
 import torch
@@ -29,36 +28,36 @@ def start_trackers(accelerator: Accelerator, run: RunArguments, fields: dict) ->
         accelerator.init_trackers("granalign", config=plain)
 
 
-class EpochLog:
-    """The figures of an epoch: every twentieth step goes to the trackers, the means into the record of the run.
+def log_step(
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    sums: dict[str, list[float]],
+    step: int,
+    values: dict[str, float],
+    grad_norm: float,
+) -> None:
+    """Adds a step to the sums of its epoch; every twentieth goes to the trackers. Before the rates change.
 
-    Attributes:
-        sums: name -> (sum, number of steps), all that the log remembers.
+    Args:
+        sums: name -> [sum, number of steps], of the epoch so far; see [`epoch_means`]. step: of the run.
+        values: the loss and its terms. grad_norm: one that is not finite (half precision finds its scale that way) is
+            logged, but does not count in the sums.
     """
+    rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+    finite = {"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}
+    for name, value in (values | finite | rates).items():
+        total, count = sums.get(name, (0.0, 0))
+        sums[name] = [total + value, count + 1]
+    if step % STEPS_BETWEEN_LOGS == 0:
+        logged = {f"train/{name}": value for name, value in (values | {"grad_norm": grad_norm}).items()}
+        accelerator.log(logged | rates, step=step)
 
-    def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer, epoch: int, num_steps: int):
-        self.accelerator, self.optimizer, self.first_step = accelerator, optimizer, epoch * num_steps
-        self.sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
 
-    def add(self, step: int, values: dict[str, float], grad_norm: float) -> None:
-        """A step of the epoch, before the rates change: the loss with its terms, and the norm of the gradient.
-
-        A norm that is not finite (half precision finds its scale that way) does not count in the mean.
-        """
-        rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-        finite = {"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}
-        for name, value in (values | finite | rates).items():
-            total, count = self.sums[name]
-            self.sums[name] = (total + value, count + 1)
-        if step % STEPS_BETWEEN_LOGS == 0:
-            logged = {f"train/{name}": value for name, value in (values | {"grad_norm": grad_norm}).items()}
-            self.accelerator.log(logged | rates, step=self.first_step + step)
-
-    def record(self) -> dict:
-        """Mean of the loss, of each of its terms, of the gradient norm, and of the learning rate of each group."""
-        means = {name: total / count for name, (total, count) in self.sums.items()}
-        rates = {name.removeprefix("lr/"): value for name, value in means.items() if name.startswith("lr/")}
-        return {name: value for name, value in means.items() if not name.startswith("lr/")} | {"learning_rates": rates}
+def epoch_means(sums: dict[str, list[float]]) -> dict:
+    """For the history: mean of the loss, of each of its terms, of the gradient norm, and of the rate of each group."""
+    means = {name: total / count for name, (total, count) in sums.items()}
+    rates = {name.removeprefix("lr/"): value for name, value in means.items() if name.startswith("lr/")}
+    return {name: value for name, value in means.items() if not name.startswith("lr/")} | {"learning_rates": rates}
 
 
 def log_validation(accelerator: Accelerator, metrics: dict[str, float], diagnostics: dict[str, float], step: int) -> None:

@@ -30,7 +30,7 @@ from granalign_hf.training.build import build
 from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split, noisy_order
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.leaks import save_training_images
-from granalign_hf.training.observing import EpochLog, log_validation, log_word_maps, start_trackers
+from granalign_hf.training.observing import epoch_means, log_step, log_validation, log_word_maps, start_trackers
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
@@ -171,7 +171,7 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
 
 
 def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict:
-    """One pass over the training images; the means of [`EpochLog.record`].
+    """One pass over the training images; the means of [`epoch_means`].
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -183,7 +183,7 @@ def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict:
     model.train()
     rest_frozen_encoders(training.plain_model)
     use_hard_negatives = epoch >= run.warmup_epochs
-    log = EpochLog(accelerator, training.optimizer, epoch, num_steps)
+    sums: dict[str, list[float]] = {}
     bar = tqdm(training.loader, desc=f"epoch {epoch + 1}/{run.epochs}", disable=not accelerator.is_main_process)
     for step, batch in enumerate(bar):
         out = model(**batch, return_loss=True, use_hard_negatives=use_hard_negatives)
@@ -192,13 +192,13 @@ def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict:
             raise FloatingPointError(f"The loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: {values}")
         accelerator.backward(out.loss)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
-        log.add(step, values, float(grad_norm))
+        log_step(accelerator, training.optimizer, sums, epoch * num_steps + step, values, float(grad_norm))
         training.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             training.scheduler.step()
         training.optimizer.zero_grad()
         bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum)
-    record = log.record()
+    record = epoch_means(sums)
     warn_if_stuck(record, run, training.plain_model.config.margin, use_hard_negatives)
     return record
 
