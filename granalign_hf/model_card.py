@@ -296,6 +296,10 @@ def _training_section(training: dict[str, Any], folder: Path) -> str:
         "date": training.get("date"),
         "versions": versions or None,
     }
+    lora = training.get("lora")
+    if lora:
+        where = "both encoders" if lora["encoders"] == "both" else f"the {lora['encoders']} encoder"
+        rows["LoRA"] = f"rank {lora['rank']}, alpha {lora['alpha']:g}, in {where}"
     before = training.get("started_from")
     if before:
         rows["started from"] = f"best epoch, {before.get('best_epoch')}, of `{before.get('command')}`"

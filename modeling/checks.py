@@ -32,9 +32,9 @@ def check_fields(fields: dict) -> None:
 
 
 def check_tensor(name: str, value: Tensor, shape: str) -> None:
-    """Raises ValueError unless `value` is a tensor with as many dimensions as `shape` names."""
+    """Raises ValueError unless `value` is a tensor, not empty, with as many dimensions as `shape` names."""
     given = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-    if not isinstance(value, Tensor) or value.ndim != shape.count(",") + 1:
+    if not isinstance(value, Tensor) or value.ndim != shape.count(",") + 1 or 0 in value.shape:
         raise ValueError(
             f'`{name}` must be a tensor of shape {shape}, got {given}. Pass `return_tensors="pt"` to GranAlignProcessor.'
         )
@@ -43,6 +43,8 @@ def check_tensor(name: str, value: Tensor, shape: str) -> None:
 def check_captions(text_config: PreTrainedConfig, input_ids: Tensor, attention_mask: Tensor | None) -> None:
     """Raises ValueError unless the ids, and the mask if given, are (C, Lt) tensors no longer than the encoder takes."""
     check_tensor("input_ids", input_ids, "(C, Lt)")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`input_ids` must hold integers of 64 or 32 bits, got {input_ids.dtype}.")
     longest = max_caption_length(text_config)
     if longest is not None and input_ids.shape[1] > longest:
         raise ValueError(

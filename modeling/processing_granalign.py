@@ -106,11 +106,11 @@ class GranAlignProcessor(ProcessorMixin):
         rows = [rows] if isinstance(rows[0], int) else rows
         unknown = self.tokenizer.unk_token_id
         special = {*self.tokenizer.all_special_ids} - {unknown}
-        lost = [caption for caption, row in zip(captions, rows) if {*row} - special == {unknown}]
+        lost = [caption for caption, row in zip(captions, rows) if {*row} - special <= {unknown}]
         if lost:
             logger.warning(
                 f"{len(lost)} of {len(captions)} captions have no word that the tokenizer knows, so that they match nothing "
-                f"in particular. The first: {lost[0]!r}."
+                f"in particular. The first: {lost[0]!r:.80}."
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str]:
@@ -159,6 +159,10 @@ def _check_captions(text: Any) -> None:
             raise ValueError(f"Caption {position} is empty: {caption!r}. Every caption needs at least one word.")
         if not isinstance(caption, str | list | tuple):
             raise ValueError(f"Caption {position} must be a string, got {type(caption).__name__}: {caption!r}.")
+        if isinstance(caption, str) and any("\ud800" <= character <= "\udfff" for character in caption):
+            raise ValueError(
+                f"Caption {position} holds half a character (a surrogate), no text: {caption!r:.80}. Decode it anew."
+            )
 
 
 def read_image(image: Any) -> Image.Image:
@@ -203,7 +207,9 @@ def _read_one(image: Any, position: int) -> Any:
         )
     if is_numpy_array(image) and image.ndim == 4:
         return [_read_one(one, position) for one in image]
-    return image
+    if 3 not in (image.shape[-3], image.shape[-1]):
+        raise ValueError(f"Image {position} must have three channels, first or last, got {_kind(image)}.")
+    return image.float() if is_torch_tensor(image) and image.is_floating_point() else image  # numpy knows no bfloat16
 
 
 def _is_picture(image: Any) -> bool:

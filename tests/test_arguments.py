@@ -26,13 +26,14 @@ RECIPES = [path for path in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")) if not 
 COMMAND_LINE = """
 aligner attention_direction batch_size caption_augmentation caption_column caption_noise captions_per_image checkpoint
 crop_scale data_notes dataset dataset_config encoder_lr_factor entropy_weight epochs eval_batch_size eval_interval
-features_column freeze_encoders image_column image_folder image_id_column kl_weight learning_rate level_weights
-lr_gamma lr_milestones lr_scheduler lr_warmup_share margin matmul_precision max_eval_images max_grad_norm
-max_train_images mixed_precision notes num_prefix_tokens num_regions num_scenes num_workers output_dir patch_dropout
-patch_keep_share patch_pool_size pooling projection_dim projection_type reconstruction_weight region_logit_scale
-report_to resume saliency_temperature save_steps seed special_token_ids split_column text_config text_encoder total_limit
-train_split use_patch_adapter use_prefix_tokens use_region_prompts use_region_uncertainty use_special_tokens use_word_adapter
-validation_split vision_config vision_encoder warmup_epochs weight_decay
+features_column freeze_encoders image_column image_folder image_id_column kl_weight layer_decay learning_rate
+level_weights lora_alpha lora_encoders lora_rank lr_gamma lr_milestones lr_scheduler lr_warmup_share margin
+matmul_precision max_eval_images max_grad_norm max_train_images mixed_precision notes num_prefix_tokens num_regions
+num_scenes num_workers output_dir patch_dropout patch_keep_share patch_pool_size pooling projection_dim projection_type
+reconstruction_weight region_logit_scale report_to resume saliency_temperature save_steps seed special_token_ids
+split_column text_config text_encoder total_limit train_split use_patch_adapter use_prefix_tokens use_region_prompts
+use_region_uncertainty use_special_tokens use_word_adapter validation_split vision_config vision_encoder warmup_epochs
+weight_decay
 """.split()
 
 
@@ -139,10 +140,16 @@ def test_every_scheduler_lowers_or_keeps_the_rate(name):
             "freeze_encoders .* set crop_scale 1 and caption_augmentation 0",
         ),
         (["--freeze_encoders", "true", "--caption_augmentation", "0.2"], "freeze_encoders .* which cannot change"),
+        (["--freeze_encoders", "true", "--lora_rank", "4"], "leaves nothing in the encoders to train: set lora_rank 0"),
+        (
+            ["--layer_decay", "0", "--lora_encoders", "image"],
+            "layer_decay must lie in .*lora_encoders must be one of vision",
+        ),
         (["--captions_per_image", "-1"], "captions_per_image must be at least 0, got -1"),
         (["--lr_scheduler", "cosin"], "lr_scheduler must be one of multistep, .*cosine.*, got cosin"),
         (["--lr_scheduler", "reduce_lr_on_plateau"], "lr_scheduler must be one of"),
-        (["--report_to", "tensorbord"], "report_to must be one of none, .*got tensorbord"),
+        (["--report_to", "tensorbord"], "report_to must be one of all, none, .*got tensorbord"),
+        (["--report_to", "none", "tensorboard"], "report_to takes all and none alone, got none tensorboard"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(words, expected, capsys):

@@ -9,7 +9,7 @@ from PIL import Image as PILImage
 from tiny import PATCHES, tiny_model, tiny_processor
 
 from granalign_hf.training import features
-from granalign_hf.training.data import CaptionedImages
+from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.features import token_features
 from granalign_hf.training.scoring import scored_split
 
@@ -65,6 +65,31 @@ def test_another_picture_column_or_rule_is_another_cache(data, tmp_path, monkeyp
     monkeypatch.setattr(features.processing_granalign, "__file__", __file__)
     token_features(model, processor, data, tmp_path, batch_size=2)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_other_weights_pictures_and_precision_are_another_cache(tmp_path):
+    """Also where the table has the names of its pictures only, and one of the files is replaced."""
+    model, processor, cache = tiny_model(), tiny_processor(), tmp_path / "cache"
+    for number, name in enumerate(("one.png", "two.png")):
+        PILImage.new("RGB", (16, 16), (90 * number, 0, 0)).save(tmp_path / name)
+    table = Dataset.from_dict({"filename": ["one.png", "two.png"], "captions": [["a dog"], ["a cat"]]})
+    table.save_to_disk(tmp_path / "table")
+
+    def features() -> np.ndarray:
+        data = load_split(str(tmp_path / "table"), "train", image_folder=str(tmp_path))
+        return token_features(model, processor, data, cache, batch_size=2).image_hidden
+
+    before = features()
+    assert len(list(cache.iterdir())) == 1 and np.array_equal(features(), before) and len(list(cache.iterdir())) == 1
+    PILImage.new("RGB", (16, 16), (0, 200, 0)).save(tmp_path / "two.png")
+    after = features()
+    assert np.array_equal(after[0], before[0]) and not np.array_equal(after[1], before[1])
+    torch.set_float32_matmul_precision("medium")
+    features()
+    assert len(list(cache.iterdir())) == 3
+    with torch.no_grad():
+        model.vision_model.layernorm.bias.add_(1)
+    assert not np.array_equal(features(), after) and len(list(cache.iterdir())) == 4
 
 
 def test_two_runs_at_the_same_time_do_not_meet(data, tmp_path, monkeypatch):

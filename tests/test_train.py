@@ -255,17 +255,6 @@ def test_the_rate_stays_where_the_optimizer_skips_its_step(tmp_path, monkeypatch
     assert len(set(rates)) == 1
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_weight_decay_is_for_matrices(weight_decay):
-    run, _, _ = parse_arguments([*TINY, "--weight_decay", str(weight_decay)])
-    model = tiny_model()
-    groups = train.parameter_groups(model, run)
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    for group in groups:
-        for parameter in group["params"]:
-            assert group["weight_decay"] == (weight_decay if parameter.ndim > 1 else 0)
-
-
 def test_hours_are_all_of_the_run(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     original = train.build

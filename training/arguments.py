@@ -27,6 +27,7 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 PRECISIONS = ("highest", "high", "medium")
+LORA_ENCODERS = ("vision", "text", "both")
 SOURCES = {  # what a side of the model starts from
     "vision": ("checkpoint", "vision_encoder", "vision_config"),
     "text": ("checkpoint", "text_encoder", "text_config"),
@@ -115,6 +116,13 @@ class RunArguments(DataArguments):
     )
     text_config: str | None = setting(None, "Config of a text encoder to train from scratch (JSON; a mapping in a recipe).")
     freeze_encoders: bool = setting(False, "Train projections and aligner only, on cached features.")
+    lora_rank: int = setting(
+        0, "Rank of the LoRA adapters that train in the place of the encoders' own weights; 0: the weights train."
+    )
+    lora_alpha: float = setting(16.0, "The adapters are multiplied by `lora_alpha` / `lora_rank`.")
+    lora_encoders: str = setting(
+        "both", f"Which encoders get adapters: {', '.join(LORA_ENCODERS)}. The other one is frozen."
+    )
 
     output_dir: str = setting("runs/demo-scenes", "Folder of the checkpoint, metrics and logs.")
     seed: int = setting(0, "Seed of weights, order, noise and augmentation.")
@@ -122,7 +130,8 @@ class RunArguments(DataArguments):
     batch_size: int = setting(128, "Images per process and step.")
     captions_per_image: int = setting(1, "Captions drawn for each image of a batch; 0 takes all.")
     learning_rate: float = setting(2e-4, "Learning rate of projections and aligner.")
-    encoder_lr_factor: float = setting(0.1, "Factor on the learning rate for the encoders.")
+    encoder_lr_factor: float = setting(0.1, "Factor on the learning rate for the encoders, or for their adapters.")
+    layer_decay: float = setting(1.0, "Factor on the encoders' learning rate for each layer further down; 1: all the same.")
     lr_scheduler: str = setting("multistep", f"One of {', '.join(SCHEDULERS)}; all but the first as in Transformers.")
     lr_milestones: list[int] = setting([9, 15, 20, 25], "Epochs after which `multistep` lowers the learning rate.")
     lr_gamma: float = setting(0.3, "Factor of each `multistep` drop.")
@@ -143,7 +152,9 @@ class RunArguments(DataArguments):
     num_workers: int = setting(0, "Processes that load data.")
     eval_batch_size: int = setting(64, "Images per step in validation, at most 128.")
     eval_interval: int = setting(1, "Epochs between validations.")
-    report_to: str = setting("tensorboard", "An installed tracker that Accelerate knows, or `none`.")
+    report_to: list[str] = setting(
+        ["tensorboard"], "Trackers that Accelerate knows and that are installed, `all` or `none`."
+    )
     save_steps: int | None = setting(None, "Save a state after so many steps too, not only after each epoch.")
     total_limit: int = setting(1, "States that are kept, the last ones; the best checkpoint stays beside them.")
     resume: bool = setting(False, "Go on from the last complete state in `output_dir`.")
@@ -254,21 +265,31 @@ def _problems(run: RunArguments) -> list[str]:
     counts = ["epochs", "batch_size", "eval_interval", "eval_batch_size", "num_scenes"]
     counts += ["max_train_images", "max_eval_images", "save_steps", "total_limit"]
     problems = range_problems(run, counts, "must be at least 1", lambda value: value >= 1)
-    not_negative = ("captions_per_image", "encoder_lr_factor", "weight_decay", "warmup_epochs", "num_workers", "seed")
+    not_negative = ["captions_per_image", "encoder_lr_factor", "weight_decay", "warmup_epochs", "num_workers", "seed"]
+    not_negative += ["lora_rank"]
     problems += range_problems(run, not_negative, "must be at least 0", lambda value: 0 <= value < math.inf)
-    positive = ("learning_rate", "lr_gamma", "max_grad_norm")
+    positive = ("learning_rate", "lr_gamma", "max_grad_norm", "lora_alpha")
     problems += range_problems(run, positive, "must be greater than 0 and finite", lambda value: 0 < value < math.inf)
     shares = ["lr_warmup_share", "caption_noise"]
     problems += range_problems(run, shares, "must lie in [0, 1]", lambda value: 0 <= value <= 1)
-    problems += range_problems(run, ["crop_scale"], "must lie in (0, 1]", lambda value: 0 < value <= 1)
+    problems += range_problems(run, ["crop_scale", "layer_decay"], "must lie in (0, 1]", lambda value: 0 < value <= 1)
     problems += range_problems(run, ["caption_augmentation"], "must lie in [0, 1)", lambda value: 0 <= value < 1)
     if run.freeze_encoders and (run.crop_scale != 1 or run.caption_augmentation != 0):
         problems.append(
             "freeze_encoders trains on stored features, which cannot change: set crop_scale 1 and caption_augmentation 0"
         )
+    if run.freeze_encoders and (run.lora_rank or run.layer_decay < 1):
+        problems.append("freeze_encoders leaves nothing in the encoders to train: set lora_rank 0 and layer_decay 1")
+    if run.lora_rank and find_spec("peft") is None:
+        problems.append('lora_rank needs the Python package peft: pip install "granalign-hf[peft]"')
     trackers = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
     choices = {"matmul_precision": PRECISIONS, "mixed_precision": ("no", "bf16", "fp16"), "lr_scheduler": SCHEDULERS}
-    problems += choice_problems(run, {**choices, "report_to": ("none", *trackers)})
+    choices |= {"lora_encoders": LORA_ENCODERS}
+    problems += choice_problems(run, choices)
+    unknown = [name for name in run.report_to if name not in ("all", "none", *trackers)]
+    problems += [f"report_to must be one of all, none, {', '.join(trackers)}, got {name}" for name in unknown]
+    if len(run.report_to) > 1 and {"all", "none"} & {*run.report_to}:
+        problems.append(f"report_to takes all and none alone, got {' '.join(run.report_to)}")
     return problems + [problem for name in ("vision_config", "text_config") for problem in _config_problems(run, name)]
 
 

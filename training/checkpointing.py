@@ -15,6 +15,7 @@ from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
 from granalign_hf.training.states import flush, one_clear_error, write_whole
+from granalign_hf.training.tuning import merged_state
 
 if TYPE_CHECKING:
     from granalign_hf.training.train import Training
@@ -44,7 +45,7 @@ def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRan
 
 def save_checkpoint(model, processor, folder: Path) -> None:
     """The complete folder that `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained` read."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=merged_state(model))
     processor.save_pretrained(folder)
 
 

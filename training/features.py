@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -64,7 +65,8 @@ def token_features(
 ) -> TokenFeatures:
     """Reads the features of a split, or computes and stores them.
 
-    Their key is made of the encoders' weights, the preprocessing and the data, so that a stale cache is never read. A cache
+    Their key is made of the encoders' weights, the preprocessing, the precision of products and the data, picture files
+    included (by size and time of their last change), so that a stale cache is never read. A cache
     appears as a whole, so that it is never read half-written, whoever else computes the same one.
 
     Raises:
@@ -107,7 +109,19 @@ def fingerprint(models: Iterable[PreTrainedModel], processor: GranAlignProcessor
     del tokenizer["truncation"], tokenizer["padding"]  # those of the last call
     digest.update(json.dumps([tokenizer, processor.tokenizer.model_max_length]).encode())
     digest.update(json.dumps([data.table._fingerprint, data.image_column, data.rows, data.captions]).encode())
+    digest.update(json.dumps([_picture_files(data), torch.get_float32_matmul_precision()]).encode())
     return digest.hexdigest()[:32]
+
+
+def _picture_files(data: CaptionedImages) -> list[tuple]:
+    """Name, size and time of the picture files that the table only points to: its own fingerprint does not see them."""
+    if not data.has_pictures:
+        return []
+    column = data.table.data.column(data.image_column)
+    is_outside = pyarrow.compute.struct_field(column, "bytes").is_null()
+    paths = pyarrow.compute.struct_field(column, "path").filter(is_outside).drop_null().unique().to_pylist()
+    stats = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
+    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 @torch.no_grad()

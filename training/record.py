@@ -48,6 +48,7 @@ def run_record(run: RunArguments, command: str, config: GranAlignConfig, train_d
             "text": _encoder_name(run.text_encoder or config.text_config._name_or_path),
         },
         "frozen_encoders": run.freeze_encoders,
+        "lora": {"rank": run.lora_rank, "alpha": run.lora_alpha, "encoders": run.lora_encoders} if run.lora_rank else None,
         "best_epoch": state["best_epoch"],
         "validation": best.get("validation", {}),
         "diagnostics": best.get("diagnostics", {}),

@@ -155,9 +155,7 @@ def scored_split(
 def _key(model, processor, data: CaptionedImages, features: TokenFeatures | None) -> str:
     """What the scores depend on."""
     blocks = [IMAGES_PER_BLOCK, CAPTIONS_PER_BLOCK]
-    return json.dumps(
-        [fingerprint([model], processor, data), features is None, torch.get_float32_matmul_precision(), *blocks]
-    )
+    return json.dumps([fingerprint([model], processor, data), features is None, *blocks])
 
 
 def _open(folder: Path, key: str, shape: tuple[int, int]) -> None:

@@ -65,7 +65,7 @@ class States:
     def begin(self, settings: dict) -> dict:
         """What is known of a new run. The states of an earlier one go: [`load`] would take them for this one's.
 
-        Its `epoch` counts the finished epochs; `step` and `totals` are the finished steps of the next one, and their losses.
+        Its `epoch` counts the finished epochs; `step` and `totals` are the finished steps of the next, and sums over them.
 
         Args:
             settings: of the run (see [`run_settings`]).

@@ -32,9 +32,11 @@ from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.interruption import Interruption
 from granalign_hf.training.leaks import save_training_images
+from granalign_hf.training.observing import epoch_means, log_step, log_validation, log_word_maps, start_trackers
 from granalign_hf.training.runtime import set_up_torch
 from granalign_hf.training.scoring import scored_split
 from granalign_hf.training.states import States, one_clear_error, run_settings
+from granalign_hf.training.tuning import add_adapters, parameter_groups, rest_frozen_encoders
 
 logger = get_logger(__name__)
 
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict:
         tempfile.TemporaryFile(dir=output).close()
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
-        log_with=None if run.report_to == "none" else run.report_to,
+        log_with=None if run.report_to == ["none"] else run.report_to,
         project_dir=output,
         step_scheduler_with_optimizer=False,  # else it takes a step for every process, not one for all of them
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -88,8 +90,7 @@ def main(argv: list[str] | None = None) -> dict:
     states = States(accelerator, output / "state", run.total_limit)
     settings = run_settings(training, fields)
     state = states.load(settings) if run.resume else states.begin(settings)
-    if run.report_to != "none":
-        accelerator.init_trackers("granalign")
+    start_trackers(accelerator, run, fields)
     with Interruption(accelerator) as interruption:
         train_epochs(training, state, states, interruption, command, started - state["seconds"])
     accelerator.end_training()
@@ -124,7 +125,7 @@ def train_epochs(
             leave_if_asked()
             if run.save_steps and num_steps(training, state) - states.step >= run.save_steps:
                 save()
-        record: dict = {"epoch": epoch + 1, **state["totals"]}
+        record: dict = {"epoch": epoch + 1, **epoch_means(state["totals"])}
         ranks = None
         if (epoch + 1) % run.eval_interval == 0 or epoch + 1 == run.epochs:
             save()  # a kill in the validation costs no step
@@ -159,6 +160,8 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     caption_order = noisy_order(len(train_data.all_captions), run.caption_noise, run.seed)
     images: TrainingImages | FeatureImages
     collate: Collator | FeatureCollator
+    if run.lora_rank:
+        add_adapters(model, run)
     if run.freeze_encoders:
         model.vision_model.requires_grad_(False)
         model.text_model.requires_grad_(False)
@@ -203,19 +206,17 @@ def num_steps(training: Training, state: dict) -> int:
 def train_epoch(training: Training, state: dict) -> Iterator[None]:
     """What is left of an epoch; comes back after each step, when `state` tells of it.
 
-    Its `totals` are the mean of the loss and of each of its terms at the end.
+    Its `totals` are the sums of the loss, of its terms and of what else [`log_step`] counts.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     run, accelerator, model = training.run, training.accelerator, training.model
-    epoch, totals, steps_per_epoch = state["epoch"], state["totals"], len(training.loader)
+    epoch, steps_per_epoch = state["epoch"], len(training.loader)
     training.order.manual_seed(run.seed * 100_003 + epoch)
     training.images.epoch = epoch
     model.train()
-    if run.freeze_encoders:
-        training.plain_model.vision_model.eval()
-        training.plain_model.text_model.eval()
+    rest_frozen_encoders(training.plain_model)
     use_hard_negatives = epoch >= run.warmup_epochs
     batches = training.loader
     if state["step"]:
@@ -229,20 +230,15 @@ def train_epoch(training: Training, state: dict) -> Iterator[None]:
             raise FloatingPointError(f"The loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: {values}")
         accelerator.backward(out.loss)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
+        log_step(accelerator, training.optimizer, state["totals"], num_steps(training, state), values, float(grad_norm))
         training.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             training.scheduler.step()
         training.optimizer.zero_grad()
-        for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + value / steps_per_epoch
         bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum(state))
-        if step % 20 == 0:
-            logged = {f"train/{name}": value for name, value in values.items()} | {"train/grad_norm": float(grad_norm)}
-            logged |= {f"lr/{group['name']}": group["lr"] for group in training.optimizer.param_groups}
-            accelerator.log(logged, step=num_steps(training, state))
         state["step"] = step + 1
         yield
-    warn_if_stuck(totals, run, training.plain_model.config.margin, use_hard_negatives)
+    warn_if_stuck(epoch_means(state["totals"]), run, training.plain_model.config.margin, use_hard_negatives)
 
 
 def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict[str, dict]]:
@@ -256,28 +252,9 @@ def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict
         ranks = retrieval_ranks(scores, training.val_data.caption_image_index)
     metrics = ranks_to_metrics(ranks)
     step = (epoch + 1) * len(training.loader)
-    accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+    log_validation(accelerator, metrics, diagnostics, step)
+    log_word_maps(accelerator, training.plain_model, training.processor, training.val_data, step)
     return ranks, {"validation": metrics, "diagnostics": diagnostics}
-
-
-def parameter_groups(model: torch.nn.Module, run: RunArguments) -> list[dict]:
-    """New layers at the full rate, encoders at a part of it; weight decay for matrices only."""
-    groups = []
-    for is_encoder in (False, True):
-        for is_matrix in (True, False):
-            parameters = [
-                p
-                for name, p in model.named_parameters()
-                if p.requires_grad
-                and name.startswith(("vision_model.", "text_model.")) == is_encoder
-                and (p.ndim > 1) == is_matrix
-            ]
-            rate = run.learning_rate * (run.encoder_lr_factor if is_encoder else 1.0)
-            decay = run.weight_decay if is_matrix else 0.0
-            if parameters:
-                name = "encoders" if is_encoder else "new_layers"
-                groups.append({"params": parameters, "weight_decay": decay, "lr": rate, "name": name})
-    return groups
 
 
 def make_scheduler(optimizer, run: RunArguments, steps_per_epoch: int):
@@ -288,10 +265,10 @@ def make_scheduler(optimizer, run: RunArguments, steps_per_epoch: int):
     return get_scheduler(run.lr_scheduler, optimizer, int(run.lr_warmup_share * num_steps), num_steps)
 
 
-def warn_if_stuck(totals: dict[str, float], run: RunArguments, margin: float, use_hard_negatives: bool) -> None:
+def warn_if_stuck(record: dict, run: RunArguments, margin: float, use_hard_negatives: bool) -> None:
     """A hinge of 2 x margin with hardest negatives means that all pairs score alike."""
     stuck = [
-        name for name, value in totals.items() if name.startswith("contrastive") and abs(value - 2 * margin) < 0.02 * margin
+        name for name, value in record.items() if name.startswith("contrastive") and abs(value - 2 * margin) < 0.02 * margin
     ]
     if use_hard_negatives and stuck:
         logger.warning(
