@@ -7,6 +7,7 @@ Without arguments it trains the demo's recipe on drawn scenes.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -17,7 +18,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast, set_seed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -28,7 +30,10 @@ from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments, parse_arguments
 from granalign_hf.training.build import build
 from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split, noisy_order
+from granalign_hf.training.distributed import shared_loss
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
+from granalign_hf.training.finite import check_finite, may_overflow
+from granalign_hf.training.gradient_cache import CachedTokens, TokenEncoder
 from granalign_hf.training.leaks import save_training_images
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
@@ -50,7 +55,8 @@ class Training:
     val_data: CaptionedImages
     val_features: TokenFeatures | None
     processor: GranAlignProcessor
-    model: torch.nn.Module
+    model: torch.nn.Module  # a `TokenEncoder`, in what Accelerate wraps around it
+    replica: GranAlignModel | None  # under FSDP, for the model in one piece
     images: TrainingImages | FeatureImages
     order: torch.Generator
     loader: torch.utils.data.DataLoader
@@ -59,8 +65,19 @@ class Training:
 
     @property
     def plain_model(self) -> GranAlignModel:
-        """The model without what Accelerate wraps around it."""
-        return self.accelerator.unwrap_model(self.model)
+        """The model without what is wrapped around it; under FSDP its parameters are shards."""
+        return self.accelerator.unwrap_model(self.model).model
+
+    @property
+    def whole_model(self) -> GranAlignModel:
+        """The model in one piece, to validate and save; under FSDP as it was at the last [`~Training.gather_weights`]."""
+        return self.plain_model if self.replica is None else self.replica
+
+    def gather_weights(self) -> None:
+        """Brings the replica of FSDP up to date. Every process has to call it."""
+        if self.replica is not None:
+            weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
+            self.replica.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -72,11 +89,14 @@ def main(argv: list[str] | None = None) -> dict:
         mixed_precision=run.mixed_precision,
         log_with=None if run.report_to == "none" else run.report_to,
         project_dir=output,
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     set_up_torch(run.matmul_precision, accelerator.num_processes)
     set_seed(run.seed)
     training = set_up(run, fields, accelerator)
+    if not accelerator.is_main_process:
+        set_seed(run.seed, device_specific=True)  # the same weights in all processes, but noise of its own in each
     state: dict = {"epoch": 0, "best_epoch": None, "seconds": 0.0, "history": []}
     if run.resume:
         state = resume(accelerator, output)
@@ -87,7 +107,11 @@ def main(argv: list[str] | None = None) -> dict:
     if run.report_to != "none":
         accelerator.init_trackers("granalign")
     for epoch in range(state["epoch"], run.epochs):
-        record: dict = {"epoch": epoch + 1, **train_epoch(training, epoch, _last_rsum(state))}
+        try:
+            record: dict = {"epoch": epoch + 1, **train_epoch(training, epoch, _last_rsum(state))}
+        except FloatingPointError:
+            accelerator.save_state(str(output / "before-failure"))
+            raise
         is_due = (epoch + 1) % run.eval_interval == 0 or epoch + 1 == run.epochs
         ranks = None
         if is_due:
@@ -115,8 +139,11 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         fields: of `GranAlignConfig`, as named in the recipe or on the command line.
 
     Raises:
-        ValueError: the data or the model cannot be had, or there are fewer images than a batch needs.
+        ValueError: the data or the model cannot be had, there are fewer images than a batch needs, or DeepSpeed, which
+            updates the weights at every call of `backward`, shall take a batch in parts.
     """
+    if run.micro_batch_size is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("`micro_batch_size` does not work under DeepSpeed. Use FSDP, or leave it out.")
     # Data and model
     train_data = load_split(run.dataset, run.train_split, **run.load_options, num_scenes=run.num_scenes)
     train_data = train_data.first(run.max_train_images)
@@ -155,15 +182,17 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         drop_last=True,
     )
     optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=run.learning_rate)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    replica = copy.deepcopy(model) if accelerator.distributed_type == DistributedType.FSDP else None
+    encoder, optimizer, loader = accelerator.prepare(TokenEncoder(model), optimizer, loader)
     if len(loader) == 0:
         needed = run.batch_size * accelerator.num_processes
         raise ValueError(f"`batch_size` {run.batch_size} needs {needed} training images for one step, got {len(images)}.")
     # Not prepared: Accelerate would step it once for every process, as if its length were counted in their batches.
-    scheduler = make_scheduler(optimizer, run, len(loader))
+    scheduler = make_scheduler(optimizer, run, math.ceil(len(loader) / run.gradient_accumulation_steps))
     accelerator.register_for_checkpointing(scheduler)
     return Training(
-        run, accelerator, train_data, val_data, val_features, processor, model, images, order, loader, optimizer, scheduler
+        *(run, accelerator, train_data, val_data, val_features, processor, encoder, replica),
+        *(images, order, loader, optimizer, scheduler),
     )
 
 
@@ -171,7 +200,7 @@ def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, flo
     """One pass over the training images; the mean of the loss and of each of its terms.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or the gradient is not finite; the weights are those of the step before.
     """
     run, accelerator, model = training.run, training.accelerator, training.model
     num_steps = len(training.loader)
@@ -183,23 +212,29 @@ def train_epoch(training: Training, epoch: int, last_rsum: str) -> dict[str, flo
         training.plain_model.text_model.eval()
     use_hard_negatives = epoch >= run.warmup_epochs
     totals: dict[str, float] = {}
+    grad_norm = math.nan
     bar = tqdm(training.loader, desc=f"epoch {epoch + 1}/{run.epochs}", disable=not accelerator.is_main_process)
     for step, batch in enumerate(bar):
-        out = model(**batch, return_loss=True, use_hard_negatives=use_hard_negatives)
-        values = {name: value.detach().float().item() for name, value in {"loss": out.loss, **out.loss_terms}.items()}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"The loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: {values}")
-        accelerator.backward(out.loss)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
-        training.optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:
-            training.scheduler.step()
-        training.optimizer.zero_grad()
+        where = f"epoch {epoch + 1}, step {step + 1}"
+        with accelerator.accumulate(model):
+            cached = CachedTokens(accelerator, model, batch, run.micro_batch_size)
+            loss, values = shared_loss(training.plain_model, cached.tokens, batch, use_hard_negatives)
+            check_finite(training, "loss", values["loss"], where, values, batch)
+            loss.backward()
+            cached.backward()
+            if accelerator.sync_gradients:
+                grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm))
+                if not may_overflow(accelerator):
+                    check_finite(training, "norm of the gradient", grad_norm, where, values, batch)
+            training.optimizer.step()
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                training.scheduler.step()
+            training.optimizer.zero_grad()
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value / num_steps
         bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum)
         if step % 20 == 0:
-            logged = {f"train/{name}": value for name, value in values.items()} | {"train/grad_norm": float(grad_norm)}
+            logged = {f"train/{name}": value for name, value in values.items()} | {"train/grad_norm": grad_norm}
             logged |= {f"lr/{group['name']}": group["lr"] for group in training.optimizer.param_groups}
             accelerator.log(logged, step=epoch * num_steps + step)
     warn_if_stuck(totals, run, training.plain_model.config.margin, use_hard_negatives)
@@ -213,7 +248,8 @@ def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict
         broadcast(buffer)  # each process has its own statistics of batch norm, and those of the main one are saved
     folder = Path(run.output_dir) / "validation-unfinished"
     data = (training.processor, training.val_data, run.eval_batch_size, folder, training.val_features)
-    with scored_split(training.plain_model, *data) as (scores, diagnostics):
+    training.gather_weights()
+    with scored_split(training.whole_model, *data) as (scores, diagnostics):
         ranks = retrieval_ranks(scores, training.val_data.caption_image_index)
     metrics = ranks_to_metrics(ranks)
     step = (epoch + 1) * len(training.loader)
@@ -230,7 +266,7 @@ def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRan
     if not training.accelerator.is_main_process:
         return
     if best is record:
-        save_checkpoint(training.plain_model, training.processor, output)
+        save_checkpoint(training.whole_model, training.processor, output)
         save_ranks(output / f"ranks-{training.run.validation_split}.npz", [ranks])
     write_metrics(output, training, command, state)
     tqdm.write(f"epoch {record['epoch']}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
