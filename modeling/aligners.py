@@ -3,6 +3,8 @@
 An aligner sees tokens, never pixels or captions. To add one: a class with the four members of [`Aligner`] and a line in
 `ALIGNERS` (and in `POOLINGS` of the config). A field that its `describe_image` adds stands in `outputs.py` too, and in
 `IMAGE_FIELDS` of the evaluation; a parameter outside of the layers of torch needs a line in `_init_weights` of the model.
+Parameters act in `describe_image` and `describe_text` only: training scores the tokens of several processes outside of the
+module that synchronises gradients.
 `image` and `text` are any objects with the named fields, such as the outputs of `get_image_features` and
 `get_text_features`.
 """
@@ -41,7 +43,7 @@ class Aligner(nn.Module):
         raise NotImplementedError
 
     def regularisers(self, image) -> dict[str, tuple[float, Tensor]]:
-        """Loss terms besides the contrastive ones: name -> (weight, value)."""
+        """Loss terms besides the contrastive ones: name -> (weight, value), a mean over the images."""
         return {}
 
 

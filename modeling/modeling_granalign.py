@@ -251,13 +251,18 @@ class GranAlignModel(GranAlignPreTrainedModel):
             image: features of the images. levels: (levels, B, C). positives: (B, C) bool.
             use_hard_negatives: `False` averages over all negatives, for a warm-up.
         """
-        weighted = {
+        weighted = self.contrastive_terms(levels, positives, use_hard_negatives) | self.aligner.regularisers(image)
+        loss = torch.stack([weight * value for weight, value in weighted.values()]).sum()
+        return loss, {name: value for name, (_, value) in weighted.items()}
+
+    def contrastive_terms(
+        self, levels: Tensor, positives: Tensor, use_hard_negatives: bool = True
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Of each level its name -> (weight, hinge loss). Arguments as in [`~GranAlignModel.compute_loss`]."""
+        return {
             name: (weight, contrastive_hinge(scores, positives, self.config.margin, use_hard_negatives))
             for name, weight, scores in zip(self.aligner.level_names, self.aligner.level_weights, levels, strict=True)
         }
-        weighted |= self.aligner.regularisers(image)
-        loss = torch.stack([weight * value for weight, value in weighted.values()]).sum()
-        return loss, {name: value for name, (_, value) in weighted.items()}
 
     @can_return_tuple
     def forward(

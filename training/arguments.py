@@ -127,7 +127,13 @@ class RunArguments(DataArguments):
     output_dir: str = setting("runs/demo-scenes", "Folder of the checkpoint, metrics and logs.")
     seed: int = setting(0, "Seed of weights, order, noise and augmentation.")
     epochs: int = setting(30, "Passes over the training images.")
-    batch_size: int = setting(128, "Images per process and step.")
+    batch_size: int = setting(128, "Images per process and step. The negatives are those of all processes.")
+    micro_batch_size: int | None = setting(
+        None, "Encode so many images of a batch at a time, with the gradients of the whole batch in less memory (GradCache)."
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "Steps whose gradients are averaged for one update. It adds no negatives: `micro_batch_size` does."
+    )
     captions_per_image: int = setting(1, "Captions drawn for each image of a batch; 0 takes all.")
     learning_rate: float = setting(2e-4, "Learning rate of projections and aligner.")
     encoder_lr_factor: float = setting(0.1, "Factor on the learning rate for the encoders, or for their adapters.")
@@ -264,6 +270,7 @@ def _problems(run: RunArguments) -> list[str]:
     """What no run could do, all at once."""
     counts = ["epochs", "batch_size", "eval_interval", "eval_batch_size", "num_scenes"]
     counts += ["max_train_images", "max_eval_images", "save_steps", "total_limit"]
+    counts += ["micro_batch_size", "gradient_accumulation_steps"]
     problems = range_problems(run, counts, "must be at least 1", lambda value: value >= 1)
     not_negative = ["captions_per_image", "encoder_lr_factor", "weight_decay", "warmup_epochs", "num_workers", "seed"]
     not_negative += ["lora_rank"]

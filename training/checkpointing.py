@@ -36,7 +36,7 @@ def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRan
         if best is record:
             new = output / "checkpoint-unfinished"
             shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
-            save_checkpoint(training.plain_model, training.processor, new)
+            save_checkpoint(training.whole_model, training.processor, new)
             save_ranks(new / f"ranks-{training.run.validation_split}.npz", [ranks])
             replace_checkpoint(output, new)
         write_metrics(output, training, command, state)

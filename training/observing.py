@@ -34,22 +34,23 @@ def log_step(
     sums: dict[str, list[float]],
     step: int,
     values: dict[str, float],
-    grad_norm: float,
+    grad_norm: float | None,
 ) -> None:
     """Adds a step to the sums of its epoch; every twentieth goes to the trackers. Before the rates change.
 
     Args:
         sums: name -> [sum, number of steps], of the epoch so far; see [`epoch_means`]. step: of the run.
-        values: the loss and its terms. grad_norm: one that is not finite (half precision finds its scale that way) is
-            logged, but does not count in the sums.
+        values: the loss and its terms. grad_norm: `None` for a step without an update; one that is not finite (half
+            precision finds its scale that way) is logged, but does not count in the sums.
     """
+    norms = {} if grad_norm is None else {"grad_norm": grad_norm}
     rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
-    finite = {"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}
+    finite = {name: norm for name, norm in norms.items() if math.isfinite(norm)}
     for name, value in (values | finite | rates).items():
         total, count = sums.get(name, (0.0, 0))
         sums[name] = [total + value, count + 1]
     if step % STEPS_BETWEEN_LOGS == 0:
-        logged = {f"train/{name}": value for name, value in (values | {"grad_norm": grad_norm}).items()}
+        logged = {f"train/{name}": value for name, value in (values | norms).items()}
         accelerator.log(logged | rates, step=step)
 
 

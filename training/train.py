@@ -7,6 +7,7 @@ Without arguments it trains the demo's recipe on drawn scenes.
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 import time
@@ -18,7 +19,8 @@ from signal import SIGINT
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast, set_seed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -29,7 +31,10 @@ from granalign_hf.training.arguments import RunArguments, parse_arguments
 from granalign_hf.training.build import build
 from granalign_hf.training.checkpointing import keep_best
 from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split, noisy_order
+from granalign_hf.training.distributed import shared_loss
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
+from granalign_hf.training.finite import check_finite, may_overflow
+from granalign_hf.training.gradient_cache import CachedTokens, TokenEncoder
 from granalign_hf.training.interruption import Interruption
 from granalign_hf.training.leaks import save_training_images
 from granalign_hf.training.observing import epoch_means, log_step, log_validation, log_word_maps, start_trackers
@@ -51,7 +56,8 @@ class Training:
     val_data: CaptionedImages
     val_features: TokenFeatures | None
     processor: GranAlignProcessor
-    model: torch.nn.Module
+    model: torch.nn.Module  # a `TokenEncoder`, in what Accelerate wraps around it
+    replica: GranAlignModel | None  # under FSDP, for the model in one piece
     images: TrainingImages | FeatureImages
     order: torch.Generator
     loader: torch.utils.data.DataLoader
@@ -60,8 +66,19 @@ class Training:
 
     @property
     def plain_model(self) -> GranAlignModel:
-        """The model without what Accelerate wraps around it."""
-        return self.accelerator.unwrap_model(self.model)
+        """The model without what is wrapped around it; under FSDP its parameters are shards."""
+        return self.accelerator.unwrap_model(self.model).model
+
+    @property
+    def whole_model(self) -> GranAlignModel:
+        """The model in one piece, to validate and save; under FSDP as it was at the last [`~Training.gather_weights`]."""
+        return self.plain_model if self.replica is None else self.replica
+
+    def gather_weights(self) -> None:
+        """Brings the replica of FSDP up to date. Every process has to call it."""
+        if self.replica is not None:
+            weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
+            self.replica.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -82,11 +99,14 @@ def main(argv: list[str] | None = None) -> dict:
         log_with=None if run.report_to == ["none"] else run.report_to,
         project_dir=output,
         step_scheduler_with_optimizer=False,  # else it takes a step for every process, not one for all of them
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     set_up_torch(run.matmul_precision, accelerator.num_processes)
     set_seed(run.seed)
     training = set_up(run, fields, accelerator)
+    if not accelerator.is_main_process:
+        set_seed(run.seed, device_specific=True)  # the same weights in all processes, but noise of its own in each
     states = States(accelerator, output / "state", run.total_limit)
     settings = run_settings(training, fields)
     state = states.load(settings) if run.resume else states.begin(settings)
@@ -121,10 +141,14 @@ def train_epochs(
             raise SystemExit(128 + signal)
 
     for epoch in range(state["epoch"], run.epochs):
-        for _ in train_epoch(training, state):
-            leave_if_asked()
-            if run.save_steps and num_steps(training, state) - states.step >= run.save_steps:
-                save()
+        try:
+            for _ in train_epoch(training, state):
+                leave_if_asked()
+                if run.save_steps and num_steps(training, state) - states.step >= run.save_steps:
+                    save()
+        except FloatingPointError:
+            save()
+            raise
         record: dict = {"epoch": epoch + 1, **epoch_means(state["totals"])}
         ranks = None
         if (epoch + 1) % run.eval_interval == 0 or epoch + 1 == run.epochs:
@@ -146,8 +170,11 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         fields: of `GranAlignConfig`, as named in the recipe or on the command line.
 
     Raises:
-        ValueError: the data or the model cannot be had, or there are fewer images than a batch needs.
+        ValueError: the data or the model cannot be had, there are fewer images than a batch needs, or DeepSpeed, which
+            updates the weights at every call of `backward`, shall take a batch in parts.
     """
+    if run.micro_batch_size is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("`micro_batch_size` does not work under DeepSpeed. Use FSDP, or leave it out.")
     # Data and model
     train_data = load_split(run.dataset, run.train_split, **run.load_options, num_scenes=run.num_scenes)
     train_data = train_data.first(run.max_train_images)
@@ -188,13 +215,16 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         drop_last=True,
     )
     optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=run.learning_rate)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    replica = copy.deepcopy(model) if accelerator.distributed_type == DistributedType.FSDP else None
+    encoder, optimizer, loader = accelerator.prepare(TokenEncoder(model), optimizer, loader)
     if len(loader) == 0:
         needed = run.batch_size * accelerator.num_processes
         raise ValueError(f"`batch_size` {run.batch_size} needs {needed} training images for one step, got {len(images)}.")
-    scheduler = accelerator.prepare_scheduler(make_scheduler(optimizer, run, len(loader)))
+    num_updates = math.ceil(len(loader) / run.gradient_accumulation_steps)
+    scheduler = accelerator.prepare_scheduler(make_scheduler(optimizer, run, num_updates))
     return Training(
-        run, accelerator, train_data, val_data, val_features, processor, model, images, order, loader, optimizer, scheduler
+        *(run, accelerator, train_data, val_data, val_features, processor, encoder, replica),
+        *(images, order, loader, optimizer, scheduler),
     )
 
 
@@ -209,7 +239,7 @@ def train_epoch(training: Training, state: dict) -> Iterator[None]:
     Its `totals` are the sums of the loss, of its terms and of what else [`log_step`] counts.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or the gradient is not finite; the weights are those of the step before.
     """
     run, accelerator, model = training.run, training.accelerator, training.model
     epoch, steps_per_epoch = state["epoch"], len(training.loader)
@@ -224,20 +254,26 @@ def train_epoch(training: Training, state: dict) -> Iterator[None]:
     title, is_quiet = f"epoch {epoch + 1}/{run.epochs}", not accelerator.is_main_process
     bar = tqdm(batches, title, steps_per_epoch, initial=state["step"], disable=is_quiet)
     for step, batch in enumerate(bar, state["step"]):
-        out = model(**batch, return_loss=True, use_hard_negatives=use_hard_negatives)
-        values = {name: value.detach().float().item() for name, value in {"loss": out.loss, **out.loss_terms}.items()}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"The loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: {values}")
-        accelerator.backward(out.loss)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
-        log_step(accelerator, training.optimizer, state["totals"], num_steps(training, state), values, float(grad_norm))
-        training.optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:
-            training.scheduler.step()
-        training.optimizer.zero_grad()
+        where, grad_norm = f"epoch {epoch + 1}, step {step + 1}", None
+        with accelerator.accumulate(model):
+            cached = CachedTokens(accelerator, model, batch, run.micro_batch_size)
+            loss, values = shared_loss(training.plain_model, cached.tokens, batch, use_hard_negatives)
+            check_finite(training, "loss", values["loss"], where, values, batch)
+            loss.backward()
+            cached.backward()
+            if accelerator.sync_gradients:
+                grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm))
+                if not may_overflow(accelerator):
+                    check_finite(training, "norm of the gradient", grad_norm, where, values, batch)
+            log_step(accelerator, training.optimizer, state["totals"], num_steps(training, state), values, grad_norm)
+            training.optimizer.step()
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                training.scheduler.step()
+            training.optimizer.zero_grad()
         bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum(state))
         state["step"] = step + 1
-        yield
+        if accelerator.sync_gradients:  # a state has no gradients that wait for others
+            yield
     warn_if_stuck(epoch_means(state["totals"]), run, training.plain_model.config.margin, use_hard_negatives)
 
 
@@ -248,12 +284,13 @@ def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict
         broadcast(buffer)  # each process has its own statistics of batch norm, and those of the main one are saved
     folder = Path(run.output_dir) / "validation-unfinished"
     data = (training.processor, training.val_data, run.eval_batch_size, folder, training.val_features)
-    with scored_split(training.plain_model, *data) as (scores, diagnostics):
+    training.gather_weights()
+    with scored_split(training.whole_model, *data) as (scores, diagnostics):
         ranks = retrieval_ranks(scores, training.val_data.caption_image_index)
     metrics = ranks_to_metrics(ranks)
     step = (epoch + 1) * len(training.loader)
     log_validation(accelerator, metrics, diagnostics, step)
-    log_word_maps(accelerator, training.plain_model, training.processor, training.val_data, step)
+    log_word_maps(accelerator, training.whole_model, training.processor, training.val_data, step)
     return ranks, {"validation": metrics, "diagnostics": diagnostics}
 
 
