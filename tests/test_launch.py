@@ -85,7 +85,7 @@ def test_all_processes_stop_where_one_has_a_gradient_that_is_not_finite(tmp_path
     assert messages[0] == messages[1]
     assert "The norm of the gradient is inf at epoch 1, step 3: loss 0." in messages[0] and "contrastive 0." in messages[0]
     assert messages[0].partition("Images of the batch: ")[2].count(",") == 7  # those of both processes
-    assert (tmp_path / "before-failure" / "model.safetensors").is_file()
+    assert (tmp_path / "state" / "step-2" / "progress.json").is_file()
 
 
 def launch_environment(config: str, *words: str) -> dict[str, str]:

@@ -163,7 +163,7 @@ def adapted(tmp_path_factory):
 
 def resume_state(folder) -> dict[str, torch.Tensor]:
     (file,) = folder.glob("state/*/model.safetensors")
-    return load_file(file)
+    return {name.removeprefix("model."): weight for name, weight in load_file(file).items()}
 
 
 def test_training_touches_adapters_and_heads_only(adapted):
