@@ -1,5 +1,7 @@
 """Features of frozen encoders: the same scores as from pixels, a cache that is never stale or half-written."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_another_picture_column_or_rule_is_another_cache(data, tmp_path, monkeyp
     processor.tokenizer("a dog", truncation=False)  # leaves no trace in the key
     token_features(model, processor, data, tmp_path, batch_size=2)
     assert len(list(tmp_path.iterdir())) == 1
-    data.image_column = "other"
+    data = replace(data, image_column="other")
     token_features(model, processor, data, tmp_path, batch_size=2)
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(features.processing_granalign, "__file__", __file__)
@@ -131,3 +133,18 @@ def test_features_that_float16_cannot_hold_are_named(data, tmp_path, value):
     with pytest.raises(ValueError, match=r"features of image `first\.png` do not fit float16"):
         token_features(model, processor, data, tmp_path, batch_size=2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["image_hidden", "word_hidden", "word_ids", "word_offsets", "image_size"])
+def test_nothing_of_a_cache_is_unpickled(data, tmp_path, name):
+    model, processor = tiny_model(), tiny_processor()
+    token_features(model, processor, data, tmp_path, batch_size=2)
+    (cache,) = tmp_path.iterdir()
+    np.save(cache / f"{name}.npy", np.array([_Bomb()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"allow_pickle=False|Python object"):
+        token_features(model, processor, data, tmp_path, batch_size=2)
+
+
+class _Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)

@@ -22,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from granalign_hf.modeling import processing_granalign
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
-from granalign_hf.training.data import CaptionedImages, draw_captions
+from granalign_hf.training.batches import TrainingSet, draw_captions
+from granalign_hf.training.data import CaptionedImages
 
 
 @dataclass
@@ -171,16 +172,15 @@ def _to_half(hidden: Tensor, names: list[str]) -> np.ndarray:
     return half.cpu().numpy()
 
 
-class FeatureImages(torch.utils.data.Dataset):
+class FeatureImages(TrainingSet):
     """The images of [`TokenFeatures`], each with some of its captions; stands in for `TrainingImages`.
 
     `caption_order`: place p of all captions gets the one in place `caption_order[p]` (see `noisy_order`).
     """
 
     def __init__(self, features: TokenFeatures, captions_per_image: int, seed: int, caption_order: np.ndarray):
-        self.features, self.captions_per_image, self.seed = features, captions_per_image, seed
-        self.caption_order = caption_order
-        self.epoch = 0
+        super().__init__(seed, captions_per_image)
+        self.features, self.caption_order = features, caption_order
 
     def __len__(self) -> int:
         return len(self.features.data)

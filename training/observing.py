@@ -35,13 +35,14 @@ def log_step(
     step: int,
     values: dict[str, float],
     grad_norm: float,
+    speed: dict[str, float],
 ) -> None:
     """Adds a step to the sums of its epoch; every twentieth goes to the trackers. Before the rates change.
 
     Args:
         sums: name -> [sum, number of steps], of the epoch so far; see [`epoch_means`]. step: of the run.
         values: the loss and its terms. grad_norm: one that is not finite (half precision finds its scale that way) is
-            logged, but does not count in the sums.
+            logged, but does not count in the sums. speed: of the epoch so far; it is logged only.
     """
     rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
     finite = {"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}
@@ -50,6 +51,7 @@ def log_step(
         sums[name] = [total + value, count + 1]
     if step % STEPS_BETWEEN_LOGS == 0:
         logged = {f"train/{name}": value for name, value in (values | {"grad_norm": grad_norm}).items()}
+        logged |= {f"speed/{name}": value for name, value in speed.items()}
         accelerator.log(logged | rates, step=step)
 
 
