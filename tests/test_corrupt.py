@@ -1,15 +1,22 @@
 """Training images that cannot be read are named, counted and left out, up to the share that is allowed."""
 
 import json
+import os
+import socket
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from test_pictures import NOISE, PNG
 
 from granalign_hf.training import evaluate, train
 from granalign_hf.training.corrupt import without_corrupt
 from granalign_hf.training.data import CaptionedImages, load_split
+from granalign_hf.training.loaders import prepare, training_loader
 from granalign_hf.training.pictures import UnreadableImageError
+from granalign_hf.training.streams import StreamedImages
 
 FEATURES = Features({"image": Image(), "captions": List(Value("string")), "filename": Value("string")})
 
@@ -71,3 +78,31 @@ def test_a_run_records_what_it_left_out(tmp_path):
     assert evaluate.main([str(tmp_path / "run"), *words(tmp_path)[:2], "--split", "validation"])["num_images"] == 4
     with pytest.raises(UnreadableImageError, match=r"`2\.png` \(row 2\)"):  # evaluation never skips
         evaluate.main([str(tmp_path / "run"), *words(tmp_path)[:2], "--split", "test"])
+
+
+def one_of_two_processes(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": (folder / "port").read_text(), "ACCELERATE_USE_CPU": "true"}
+    accelerator = Accelerator()
+    readable = without_corrupt(load_split(str(folder / "data"), "train"), 0.1, 0)
+    settings = {"batch_size": 2, "steps_per_epoch": 4, "shuffle_buffer": 4, "max_corrupt_share": 0.3}
+    stream = StreamedImages.open(str(folder / "files"), "train", seed=0, process=(rank, 2), **settings)
+    loader = training_loader(stream, lambda items: {"number": [i["number"] for i in items]}, 2, 0, torch.Generator(), False)
+    weight = torch.nn.Linear(1, 1)
+    *_, loader = prepare(accelerator, weight, torch.optim.SGD(weight.parameters()), loader)
+    numbers = [number for batch in loader for number in batch["number"]]
+    told = {"left out": readable.corrupt, "numbers": numbers, "steps": len(loader), "corrupt": stream.num_corrupt}
+    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+
+
+def test_two_processes_agree_on_what_is_left_out_and_share_a_stream(data, tmp_path):
+    (tmp_path / "files").mkdir()
+    data.table.to_parquet(tmp_path / "files" / "train.parquet")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(one_of_two_processes, (tmp_path,), nprocs=2)
+    one, other = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(2))
+    assert one["left out"] == other["left out"] == ["3.png", "10.png"]
+    assert one["steps"] == other["steps"] == 4 and len(one["numbers"]) == len(other["numbers"]) == 8
+    assert len({*one["numbers"], *other["numbers"]}) == 16  # each has rows of its own, whatever cannot be read

@@ -141,6 +141,11 @@ def test_nothing_of_a_data_set_is_run(tmp_path):
     assert burst.exists()
 
 
+def test_remote_code_is_never_asked_for():
+    for path in Path(tables.__file__).parent.glob("*.py"):
+        assert "trust_remote_code" not in path.read_text(), path
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -167,4 +172,3 @@ def test_splits_are_listed_without_reading(tmp_path, monkeypatch):
     Dataset.from_dict({"a": [1]}).save_to_disk(tmp_path / "saved")
     monkeypatch.setattr(tables, "load_dataset", lambda *args: pytest.fail("read"))
     assert tables.split_names(str(tmp_path / "data"), None) == tables.split_names(str(tmp_path / "saved"), None) == ["train"]
-    assert "trust_remote_code" not in Path(tables.__file__).read_text()

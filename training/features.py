@@ -27,6 +27,14 @@ from granalign_hf.training.data import CaptionedImages
 
 
 @dataclass
+class StoredOutput(BaseModelOutput):
+    """Of an encoder; a loader could not pin the memory of one that is not told how."""
+
+    def pin_memory(self) -> StoredOutput:
+        return StoredOutput(last_hidden_state=self.last_hidden_state.pin_memory())
+
+
+@dataclass
 class TokenFeatures:
     """Encoder outputs of a split in float16: images (N, tokens, hidden); captions one after the other, with offsets."""
 
@@ -41,7 +49,7 @@ class TokenFeatures:
     def images(self, numbers: Sequence[int]) -> dict:
         """Arguments of `get_image_features` that stand for these images."""
         hidden = torch.from_numpy(self.image_hidden[list(numbers)]).float()
-        return {"vision_model_output": BaseModelOutput(last_hidden_state=hidden), "image_size": self.image_size}
+        return {"vision_model_output": StoredOutput(last_hidden_state=hidden), "image_size": self.image_size}
 
     def captions(self, numbers: Iterable[int]) -> dict:
         """Arguments of `get_text_features` that stand for these captions."""
@@ -52,7 +60,7 @@ class TokenFeatures:
         return {
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-            "text_model_output": BaseModelOutput(last_hidden_state=words.float()),
+            "text_model_output": StoredOutput(last_hidden_state=words.float()),
         }
 
 

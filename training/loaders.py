@@ -60,8 +60,9 @@ def training_loader(
     )
 
 
-def share_between_processes(accelerator: Accelerator, loader: DataLoader) -> DataLoader:
-    """The batches of this process, on its device. A stream is shared already: Accelerate would drop most of each part."""
-    if isinstance(loader.dataset, IterableDataset):
-        return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True, dispatch_batches=False)
-    return accelerator.prepare(loader)
+def prepare(accelerator: Accelerator, model, optimizer, loader: DataLoader) -> tuple:
+    """As `accelerator.prepare`, but for a stream, which is shared between the processes already: its batches only move."""
+    if not isinstance(loader.dataset, IterableDataset):
+        return accelerator.prepare(model, optimizer, loader)
+    moved = prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True, dispatch_batches=False)
+    return *accelerator.prepare(model, optimizer), moved

@@ -33,7 +33,7 @@ from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.interruption import Interruption
 from granalign_hf.training.leaks import save_training_images
-from granalign_hf.training.loaders import share_between_processes, training_data, training_loader
+from granalign_hf.training.loaders import prepare, training_data, training_loader
 from granalign_hf.training.observing import epoch_means, log_step, log_validation, log_word_maps, start_trackers
 from granalign_hf.training.runtime import set_up_torch
 from granalign_hf.training.scoring import scored_split
@@ -191,8 +191,7 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     is_on_gpu = accelerator.device.type == "cuda"
     loader = training_loader(images, collate, run.batch_size, run.num_workers, order, is_pinned=is_on_gpu)
     optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=run.learning_rate)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    loader = share_between_processes(accelerator, loader)
+    model, optimizer, loader = prepare(accelerator, model, optimizer, loader)
     if len(loader) == 0:
         needed = run.batch_size * accelerator.num_processes
         raise ValueError(f"`batch_size` {run.batch_size} needs {needed} training images for one step, got {len(images)}.")
