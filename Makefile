@@ -22,6 +22,7 @@ check: .venv/.installed-dev
 
 bench: setup
 	$(BIN)/python tests/benchmarks/similarity.py
+	$(BIN)/python tests/benchmarks/data.py
 
 # A stamp is touched only after all was installed, so that an interrupted run is taken up again.
 .venv/.installed: pyproject.toml constraints.txt

@@ -325,11 +325,18 @@ def _hours(training: dict[str, Any]) -> str | None:
 def _data_section(training: dict[str, Any], notes: Sequence[str] | None, license: str | None) -> str:
     notes = training.get("data_notes", []) if notes is None else notes
     if training:
+        size = (
+            f"{training.get('num_train_images', 'not recorded')} images with "
+            f"{training.get('num_train_captions', 'not recorded')} captions"
+        )
+        if training.get("num_train_images", 0) is None:
+            size = "a stream of images, which was not counted"
         used = (
             f"Trained on {training.get('dataset', 'data without a recorded name')}, split "
-            f"{training.get('train_split', 'not recorded')}: {training.get('num_train_images', 'not recorded')} images with "
-            f"{training.get('num_train_captions', 'not recorded')} captions."
+            f"{training.get('train_split', 'not recorded')}: {size}."
         )
+        if training.get("num_corrupt_images"):
+            used += f" Images that could not be read were left out: {training['num_corrupt_images']}."
     else:
         used = "Not recorded: the checkpoint has no `metrics.json`."
     licence = f"Licence of the weights: {license or 'not recorded'}."

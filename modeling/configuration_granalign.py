@@ -17,6 +17,19 @@ POOLINGS = {
     "laps": ("mean",),
     "vse++": ("mean", "max"),
 }
+# What one aligner has and others have not.
+ALIGNER_FIELDS: dict[str, tuple[str, ...]] = {
+    "grm": (
+        *("use_patch_adapter", "use_word_adapter", "use_region_prompts", "use_region_uncertainty", "num_regions"),
+        *("region_logit_scale", "saliency_temperature", "level_weights"),
+        *("reconstruction_weight", "kl_weight", "entropy_weight"),
+    ),
+    "max_mean": (),
+    "chan": ("pooling",),
+    "scan": ("attention_direction",),
+    "laps": ("patch_keep_share", "num_regions"),
+    "vse++": ("pooling",),
+}
 ATTENTION_DIRECTIONS = ("t2i", "i2t", "both")
 PROJECTION_TYPES = ("linear", "mlp")
 
@@ -142,35 +155,35 @@ class GranAlignConfig(PreTrainedConfig):
                 )
 
     def validate_aligner(self):
-        """Part of the `@strict` validation: ranges, and combinations that no aligner has."""
+        """Part of the `@strict` validation: ranges, and combinations that no aligner has; all that is wrong at once."""
+        problems = []
         if self.aligner not in POOLINGS:
-            raise ValueError(f"`aligner` must be one of {sorted(POOLINGS)}, got {self.aligner!r}.")
-        if self.pooling not in POOLINGS[self.aligner]:
-            raise ValueError(
+            problems.append(f"`aligner` must be one of {sorted(POOLINGS)}, got {self.aligner!r}.")
+        elif self.pooling not in POOLINGS[self.aligner]:
+            problems.append(
                 f"`pooling` of the aligner {self.aligner!r} must be one of {POOLINGS[self.aligner]}, got {self.pooling!r}."
             )
-        if self.attention_direction not in ATTENTION_DIRECTIONS:
-            raise ValueError(
-                f"`attention_direction` must be one of {ATTENTION_DIRECTIONS}, got {self.attention_direction!r}."
-            )
-        if self.projection_type not in PROJECTION_TYPES:
-            raise ValueError(f"`projection_type` must be one of {PROJECTION_TYPES}, got {self.projection_type!r}.")
+        for name, choices in (("attention_direction", ATTENTION_DIRECTIONS), ("projection_type", PROJECTION_TYPES)):
+            if getattr(self, name) not in choices:
+                problems.append(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if not 0 <= self.patch_dropout < 1:
-            raise ValueError(f"`patch_dropout` must lie in [0, 1), got {self.patch_dropout}.")
+            problems.append(f"`patch_dropout` must lie in [0, 1), got {self.patch_dropout}.")
         if not 0 < self.patch_keep_share <= 1:
-            raise ValueError(f"`patch_keep_share` must lie in (0, 1], got {self.patch_keep_share}.")
+            problems.append(f"`patch_keep_share` must lie in (0, 1], got {self.patch_keep_share}.")
         for name in ("projection_dim", "num_regions", "patch_pool_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+                problems.append(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("region_logit_scale", "saliency_temperature", "margin"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be greater than 0 and finite, got {getattr(self, name)}.")
+                problems.append(f"`{name}` must be greater than 0 and finite, got {getattr(self, name)}.")
         for name in ("reconstruction_weight", "kl_weight", "num_prefix_tokens"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
+                problems.append(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
         weights = self.level_weights
         if len(weights) != 3 or min(weights) < 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
-            raise ValueError(f"`level_weights` must be three values of at least 0 that sum to 1, got {weights}.")
+            problems.append(f"`level_weights` must be three values of at least 0 that sum to 1, got {weights}.")
+        if problems:
+            raise ValueError(" ".join(problems))
 
     @classmethod
     def from_vision_text_configs(

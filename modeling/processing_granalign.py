@@ -1,7 +1,9 @@
 """GranAlign processor: an image processor and a tokenizer, with rules for input that neither would explain."""
 
 import contextlib
+import io
 import os
+import warnings
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -19,10 +21,12 @@ class GranAlignProcessor(ProcessorMixin):
     r"""
     Images to `pixel_values`, captions to `input_ids` and `attention_mask`.
 
-    Rules for images: a path is read. A picture is turned as its EXIF tag says, and any mode becomes RGB: grey is repeated,
-    transparency dropped, 16-bit grey scaled to 8 bits. An array of bytes is a grey or colour image with the channels last;
-    other arrays and tensors go to the image processor, which takes their values as 0 to 255: pass `do_rescale=False` for
-    values in 0 to 1. A [`RegionFeaturesProcessor`] gets the features of regions in the place of images, as they are.
+    Rules for images: a path is read, unless its picture has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels. Of an animation
+    the first frame counts. A picture is turned as its EXIF tag says, if that can be read, and any mode becomes RGB: grey is
+    repeated, transparency dropped, 16-bit grey scaled to 8 bits, CMYK converted without a colour profile. An array of bytes
+    is a grey or colour image with the channels last; other arrays and tensors go to the image processor, which takes their
+    values as 0 to 255: pass `do_rescale=False` for values in 0 to 1. A [`RegionFeaturesProcessor`] gets the features of
+    regions in the place of images, as they are.
 
     Rules for captions: they are padded to the longest, and truncated, with a warning, to the `model_max_length` of the
     tokenizer, which is what the text encoder takes. A truncation saved with the tokenizer does not count.
@@ -170,13 +174,16 @@ def read_image(image: Any) -> Image.Image:
     A picture in RGB, by the rules of [`GranAlignProcessor`].
 
     Args:
-        image: a PIL image, the path of an image file, or a numpy array of bytes, grey or with the channels last.
+        image: a PIL image, the path or the content (`bytes`) of an image file, or a numpy array of bytes, grey or with the
+            channels last.
 
     Raises:
         ValueError: it is none of these, or cannot be read.
     """
     if isinstance(image, str | os.PathLike):
-        return _open(image)
+        return _open(image, image)
+    if isinstance(image, bytes):
+        return _open(io.BytesIO(image), f"of {len(image)} bytes")
     if isinstance(image, Image.Image):
         return _to_rgb(image, getattr(image, "filename", "") or image)
     if _is_picture(image):
@@ -224,26 +231,48 @@ def _kind(image: Any) -> str:
     return type(image).__name__ + ("" if shape is None else f" of {image.dtype} with shape {tuple(shape)}")
 
 
-def _open(path: str | os.PathLike) -> Image.Image:
+def _open(file: Any, name: Any) -> Image.Image:
+    """A path or a file -> RGB; what is too large is refused by its header, before there is memory for its pixels."""
     try:
-        with Image.open(path) as image:
-            return _to_rgb(image, path)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"Image `{path}` cannot be read: {error}. Pass a PIL image or the path of an image file."
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tags that are broken, in pictures that are not
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return _to_rgb(image, name)
+    except _Unreadable:
+        raise
+    except Exception as error:  # the parsers of broken files raise whatever comes
+        raise _Unreadable(
+            f"Image `{name}` cannot be read: {error}. Pass a PIL image or the path of an image file."
         ) from error
+
+
+class _Unreadable(ValueError):
+    """With a message that names the image."""
 
 
 def _to_rgb(image: Image.Image, name: Any) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise ValueError(f"Image `{name}` has mode {image.mode!r}, whose range is not known. Convert it to 8 bits first.")
+        raise _Unreadable(f"Image `{name}` has mode {image.mode!r}, whose range is not known. Convert it to 8 bits first.")
+    if image.format == "EPS":
+        raise _Unreadable(f"Image `{name}` is a program (EPS), which is not run. Convert it to PNG or JPEG first.")
     try:
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        image = _upright(image)
         if image.mode.startswith("I;16"):
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        image.info.pop("transparency", None)  # else Pillow warns that it is lost
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow decodes late, and a broken PNG is a SyntaxError
-        raise ValueError(f"Image `{name}` cannot be read: {error}.") from error
+    except Exception as error:  # Pillow decodes late, and its decoders raise whatever comes
+        raise _Unreadable(f"Image `{name}` cannot be read: {error}.") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the EXIF tag says; a copy as it is where the tags cannot be read."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        return ImageOps.exif_transpose(image)
+    return image.copy()
 
 
 __all__ = ["GranAlignProcessor", "read_image"]

@@ -1,10 +1,16 @@
 """Shared by the numeric tests: random tokens of any shape."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
+
+# The same examples in every run, however slow the machine is.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
 
 
 def _draw_tokens(
@@ -53,3 +59,12 @@ def torch_as_it_was() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def library_cache(tmp_path, monkeypatch) -> Path:
+    """Where `datasets` prepares and unpacks what it loads from files: not at home."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "library cache")
+    return tmp_path / "library cache"

@@ -8,32 +8,40 @@ import shlex
 import pytest
 import torch
 import yaml
+from PIL import Image
+from tiny import tiny_model
 
-from granalign_hf.training import arguments
+from granalign_hf.training import arguments, train
 from granalign_hf.training.arguments import (
     DEFAULT_RECIPE,
     SCHEDULERS,
     ModelArguments,
     RunArguments,
+    as_words,
     parse_arguments,
     resolve,
 )
+from granalign_hf.training.compare import Comparison
 from granalign_hf.training.runtime import portable
+from granalign_hf.training.tables import data_problems
 from granalign_hf.training.train import make_scheduler
 
 # Those of train.py; compare.py reads the others.
 RECIPES = [path for path in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")) if not path.stem.startswith(("compare-", "sweep-"))]
+COMPARISONS = [path for path in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")) if path not in RECIPES]
+MODEL_FIELDS = [f.name for f in dataclasses.fields(ModelArguments)]
 COMMAND_LINE = """
 aligner attention_direction batch_size caption_augmentation caption_column caption_noise captions_per_image checkpoint
 crop_scale data_notes dataset dataset_config encoder_lr_factor entropy_weight epochs eval_batch_size eval_interval
 features_column freeze_encoders gradient_accumulation_steps image_column image_folder image_id_column kl_weight
 layer_decay learning_rate level_weights lora_alpha lora_encoders lora_rank lr_gamma lr_milestones lr_scheduler
-lr_warmup_share margin matmul_precision max_eval_images max_grad_norm max_train_images micro_batch_size mixed_precision
-notes num_prefix_tokens num_regions num_scenes num_workers output_dir patch_dropout patch_keep_share patch_pool_size
-pooling projection_dim projection_type reconstruction_weight region_logit_scale report_to resume saliency_temperature
-save_steps seed special_token_ids split_column text_config text_encoder total_limit train_split use_patch_adapter
-use_prefix_tokens use_region_prompts use_region_uncertainty use_special_tokens use_word_adapter validation_split
-vision_config vision_encoder warmup_epochs weight_decay
+lr_warmup_share margin matmul_precision max_corrupt_share max_eval_images max_grad_norm max_train_images
+micro_batch_size mixed_precision notes num_prefix_tokens num_regions num_scenes num_workers output_dir patch_dropout
+patch_keep_share patch_pool_size pooling projection_dim projection_type reconstruction_weight region_logit_scale
+report_to resume saliency_temperature save_steps seed shuffle_buffer special_token_ids split_column steps_per_epoch
+streaming text_config text_encoder total_limit train_split use_patch_adapter use_prefix_tokens use_region_prompts
+use_region_uncertainty use_special_tokens use_word_adapter validation_split vision_config vision_encoder warmup_epochs
+weight_decay
 """.split()
 
 
@@ -150,6 +158,25 @@ def test_every_scheduler_lowers_or_keeps_the_rate(name):
         (["--lr_scheduler", "reduce_lr_on_plateau"], "lr_scheduler must be one of"),
         (["--report_to", "tensorbord"], "report_to must be one of all, none, .*got tensorbord"),
         (["--report_to", "none", "tensorboard"], "report_to takes all and none alone, got none tensorboard"),
+        (
+            ["--aligner", "chan", "--num_regions", "7"],
+            "num_regions .on the command line. has no effect: the aligner chan does",
+        ),
+        (
+            ["--use_region_prompts", "false", "--num_regions", "7"],
+            "num_regions .* has no effect: use_region_prompts is false",
+        ),
+        (["--aligner", "gmr"], "`aligner` must be one of"),
+        (["--aligner", "vse++", "--pooling", "min"], "`pooling` of the aligner 'vse\\+\\+' must be one of"),
+        (["--margin", "0", "--patch_dropout", "1"], "`patch_dropout` must lie in .*`margin` must be greater than 0"),
+        (["--max_corrupt_share", "1"], "max_corrupt_share must lie in .0, 1., got 1.0"),
+        (["--steps_per_epoch", "5"], "steps_per_epoch is for streaming"),
+        (["--streaming", "true"], "streaming needs steps_per_epoch.*excludes text_config, .*excludes dataset scenes"),
+        (["--features_column", "f", "--image_folder", "x"], "features_column replaces pictures"),
+        (
+            ["--vision_config", '{"model_type": "region_features"}', "--crop_scale", "0.6"],
+            "crop_scale must be 1 for region_features",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(words, expected, capsys):
@@ -159,6 +186,92 @@ def test_what_cannot_work_is_refused_by_name(words, expected, capsys):
     assert error.count("\n") == 2, error
     message = " ".join(error.split())
     assert re.search(expected, message), message
+
+
+def test_all_problems_stand_in_one_message(tmp_path, capsys):
+    """Of the recipe and the command line; of types, ranges, sources, the model and the data set."""
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text(
+        "dataset: scenes\nbatchsize: 3\naligner: chan\nnum_regions: 7\nseed: one\nmargin: -1\nvision_encoder: a\n"
+    )
+    words = ["--epochs", "many", "--crop-scale", "2", "--epoch", "3", "--validation_split", "dev"]
+    with pytest.raises(SystemExit):
+        parse_arguments([str(recipe), *words], data_problems)
+    error = capsys.readouterr().err
+    told = (
+        *("argument --seed: invalid int value: 'one'", "argument --epochs: invalid int value: 'many'"),
+        *("batchsize (did you mean batch_size?)", "epoch (did you mean epochs?)", "crop_scale must lie in (0, 1], got 2.0"),
+        *("the text side has no source", f"num_regions (in {recipe}) has no effect", "`margin` must be greater than 0"),
+        "validation_split: The data set scenes has no split 'dev'",
+    )
+    for part in told:
+        assert part in error
+    assert error.count("\n") == 2
+
+
+def test_another_aligner_on_the_command_line_drops_what_the_recipe_says_of_its_own(tmp_path, capsys):
+    recipe = tmp_path / "grm.yaml"
+    recipe.write_text("checkpoint: a\naligner: grm\nnum_regions: 50\nlevel_weights: [0.7, 0.2, 0.1]\nmargin: 0.1\n")
+    assert parse_arguments([str(recipe)])[1]["num_regions"] == 50
+    assert parse_arguments([str(recipe), "--aligner", "chan"])[1] == {"aligner": "chan", "margin": 0.1}
+    assert parse_arguments([str(recipe), "--aligner", "laps"])[1]["num_regions"] == 50
+    assert "num_regions" not in parse_arguments([str(recipe), "--use_region_prompts", "false"])[1]
+    for wrong in ("aligner: chan\nnum_regions: 50\n", "aligner: grm\nuse_region_prompts: false\nnum_regions: 50\n"):
+        recipe.write_text(f"checkpoint: a\n{wrong}")
+        with pytest.raises(SystemExit):
+            parse_arguments([str(recipe)])
+        assert f"num_regions (in {recipe}) has no effect" in capsys.readouterr().err
+
+
+def test_fields_are_held_against_the_aligner_of_the_checkpoint(tmp_path, capsys):
+    tiny_model(aligner="chan", pooling="logsumexp").config.save_pretrained(tmp_path)
+    assert parse_arguments(["--checkpoint", str(tmp_path), "--margin", "0.1"])[1] == {"margin": 0.1}
+    with pytest.raises(SystemExit):
+        parse_arguments(["--checkpoint", str(tmp_path), "--level_weights", "1", "0", "0"])
+    assert "level_weights (on the command line) has no effect: the aligner chan" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_arguments(["--checkpoint", str(tmp_path), "--aligner", "vse++"])
+    assert "`pooling` of the aligner 'vse++' must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_the_runs_of_every_comparison_are_accepted(path):
+    comparison = Comparison.read(path)
+    for name, settings in comparison.runs.items():
+        fields = parse_arguments([comparison.base, *as_words(settings)])[1]
+        assert all(fields[field] == value for field, value in settings.items() if field in MODEL_FIELDS), name
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda folder: None, "is neither a folder nor on the Hub"),
+        (lambda folder: folder.mkdir(), "is neither a folder nor on the Hub"),
+        (
+            lambda folder: save_splits(folder, "train"),
+            r"validation_split: .* has no split 'validation'; its splits are \['train'\]",
+        ),
+        (
+            lambda folder: save_splits(folder, "train", "test"),
+            r"validation_split: .* no split 'validation'; its splits are \['test', ",
+        ),
+        (lambda folder: save_splits(folder, "test"), "train_split: .*no split 'train'.*; validation_split: "),
+    ],
+)
+def test_a_data_set_without_the_split_is_refused_before_a_model_is_built(tmp_path, make, problem, monkeypatch, capsys):
+    make(tmp_path / "data")
+    monkeypatch.setattr(train, "build", lambda *args: pytest.fail("built"))
+    with pytest.raises(SystemExit):
+        train.main(["--dataset", str(tmp_path / "data"), "--epochs", "0"])
+    error = capsys.readouterr().err
+    assert re.search(problem, error) and "epochs must be at least 1" in error
+
+
+def save_splits(folder, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "a"}\n')
+        Image.new("RGB", (4, 4)).save(folder / name / "a.png")
 
 
 def test_unknown_field_of_a_recipe_is_refused_by_name(tmp_path, capsys):

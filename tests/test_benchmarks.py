@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -104,8 +105,26 @@ def test_the_readme_tells_the_effect_of_the_precision():
     assert "".join(told) in readme
 
 
-def test_the_page_is_that_of_the_committed_figures(peers, monkeypatch):
-    import similarity
+@pytest.mark.parametrize("name", ["similarity", "data"])
+def test_the_page_is_that_of_the_committed_figures(peers, name):
+    benchmark, report = import_module(name), import_module("report")
+    if not (BENCHMARKS / f"{name}.json").is_file():
+        pytest.skip(f"make bench has not measured {name} yet")
+    figures = json.loads((BENCHMARKS / f"{name}.json").read_text())
+    assert (BENCHMARKS / f"{name}.md").read_text() == report.page(benchmark.HEAD, benchmark.SECTIONS, figures)
 
-    figures = json.loads((BENCHMARKS / "similarity.json").read_text())
-    assert (BENCHMARKS / "similarity.md").read_text() == similarity.page(figures)
+
+@pytest.mark.parametrize("section", ["reading", "training"])
+def test_the_sections_on_data_measure(peers, section, monkeypatch):
+    data = import_module("data")
+    monkeypatch.setattr(data, "NUM_PICTURES", 4)
+    monkeypatch.setattr(data, "BATCH_SIZE", 2)
+    monkeypatch.setattr(data, "VISION", {**data.VISION, "num_hidden_layers": 1})
+    monkeypatch.setattr(data, "TEXT", {**data.TEXT, "num_hidden_layers": 1})
+    monkeypatch.setattr(data, "RUNS", (("bf16", 0), ("no", 1)))
+    rows = data.SECTIONS[section](rounds=1)
+    assert len(rows) == {"reading": 4, "training": 2}[section]
+    for row in rows:
+        assert all(value > 0 for value in row.values() if isinstance(value, float))
+    if section == "training":
+        assert all(0 < row["share of time waiting"] < 1 for row in rows)

@@ -1,5 +1,7 @@
 """Features of frozen encoders: the same scores as from pixels, a cache that is never stale or half-written."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import transformers as tf
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from tiny import PATCHES, tiny_model, tiny_processor
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from granalign_hf.training import features
 from granalign_hf.training.data import CaptionedImages, load_split
@@ -59,7 +62,7 @@ def test_another_picture_column_or_rule_is_another_cache(data, tmp_path, monkeyp
     processor.tokenizer("a dog", truncation=False)  # leaves no trace in the key
     token_features(model, processor, data, tmp_path, batch_size=2)
     assert len(list(tmp_path.iterdir())) == 1
-    data.image_column = "other"
+    data = replace(data, image_column="other")
     token_features(model, processor, data, tmp_path, batch_size=2)
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(features.processing_granalign, "__file__", __file__)
@@ -131,3 +134,31 @@ def test_features_that_float16_cannot_hold_are_named(data, tmp_path, value):
     with pytest.raises(ValueError, match=r"features of image `first\.png` do not fit float16"):
         token_features(model, processor, data, tmp_path, batch_size=2)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_can_be_pinned(data, tmp_path, monkeypatch):
+    """As a loader does it where there is a GPU; here pinned memory is a copy that is counted."""
+    stored = token_features(tiny_model(), tiny_processor(), data, tmp_path, batch_size=2)
+    images = features.FeatureImages(stored, 1, seed=0, caption_order=np.arange(len(data.all_captions)))
+    batch = features.FeatureCollator(stored)([images[0], images[1]])
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    again = pin_memory(batch)
+    assert again.keys() == batch.keys() and len(pinned) == 6
+    for name in ("vision_model_output", "text_model_output"):
+        assert torch.equal(again[name].last_hidden_state, batch[name].last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["image_hidden", "word_hidden", "word_ids", "word_offsets", "image_size"])
+def test_nothing_of_a_cache_is_unpickled(data, tmp_path, name):
+    model, processor = tiny_model(), tiny_processor()
+    token_features(model, processor, data, tmp_path, batch_size=2)
+    (cache,) = tmp_path.iterdir()
+    np.save(cache / f"{name}.npy", np.array([_Bomb()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"allow_pickle=False|Python object"):
+        token_features(model, processor, data, tmp_path, batch_size=2)
+
+
+class _Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)

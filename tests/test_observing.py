@@ -84,14 +84,16 @@ def test_means_of_an_epoch_are_those_of_its_steps(monkeypatch):
     accelerator, logged = Accelerator(), []
     monkeypatch.setattr(accelerator, "log", lambda values, step: logged.append((step, values)))
     monkeypatch.setattr(observing, "STEPS_BETWEEN_LOGS", 2)
-    sums = {}
+    sums, speed = {}, {"pairs_per_second": 5.0}
     for step, norm in enumerate([1.0, float("inf"), 3.0], start=30):
-        log_step(accelerator, optimizer, sums, step, {"loss": step - 30.0, "kl": 2.0 * (step - 30)}, norm)
+        log_step(accelerator, optimizer, sums, step, {"loss": step - 30.0, "kl": 2.0 * (step - 30)}, norm, speed)
         optimizer.param_groups[0]["lr"] /= 2
         sums = json.loads(json.dumps(sums))  # what a saved state does to it
     assert epoch_means(sums) == {"loss": 1.0, "kl": 2.0, "grad_norm": 2.0, "learning_rates": {"new_layers": 1.75 / 3}}
     assert [step for step, _ in logged] == [30, 32]
-    assert logged[1][1] == {"train/loss": 2.0, "train/kl": 4.0, "train/grad_norm": 3.0, "lr/new_layers": 0.25}
+    assert logged[1][1] == {"train/loss": 2.0, "train/kl": 4.0, "train/grad_norm": 3.0, "lr/new_layers": 0.25} | {
+        "speed/pairs_per_second": 5.0
+    }
 
 
 def panels(monkeypatch, history: list[dict], path) -> dict[str, set[str]]:

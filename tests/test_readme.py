@@ -13,7 +13,7 @@ from tiny import TEXT, VISION, tiny_tokenizer
 from transformers import AutoModel, ViTImageProcessorPil
 
 from granalign_hf.training.arguments import parse_arguments
-from granalign_hf.training.data import CAPTION_COLUMNS
+from granalign_hf.training.columns import CAPTION_COLUMNS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -16,8 +16,9 @@ from granalign_hf import GranAlignConfig, GranAlignModel
 from granalign_hf.modeling.aligners import ALIGNERS
 from granalign_hf.modeling.region_features import RegionFeaturesConfig, RegionFeaturesModel, RegionFeaturesProcessor
 from granalign_hf.training import evaluate, train
+from granalign_hf.training.batches import TrainingImages
 from granalign_hf.training.build import word_tokenizer
-from granalign_hf.training.data import TrainingImages, load_split
+from granalign_hf.training.data import load_split
 from granalign_hf.training.features import token_features
 from granalign_hf.training.scoring import scored_split
 
@@ -288,7 +289,6 @@ def test_frozen_encoders_on_features_score_the_same(dataset, bert, tmp_path, mon
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"crop_scale": 0.6}, "`crop_scale` 0.6 crops pictures"),
         ({"dataset": "scenes", "num_scenes": 8}, "Image 0: region features must be .* got a picture"),
         (
             {"vision_config": json.dumps(REGIONS | {"num_boxes": 36})},
@@ -296,7 +296,7 @@ def test_frozen_encoders_on_features_score_the_same(dataset, bert, tmp_path, mon
         ),
         ({"vision_config": '{"model_type": "vit", "image_size": 16}'}, r"must be a PIL image.*shape \(4, 16\)"),
     ],
-    ids=["crops", "pictures", "boxes", "a model of pictures"],
+    ids=["pictures", "boxes", "a model of pictures"],
 )
 def test_a_run_that_does_not_fit_its_data_is_refused(dataset, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):

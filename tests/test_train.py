@@ -170,7 +170,7 @@ def test_evaluate_by_a_protocol(trained, monkeypatch, capsys):
             ["CHECKPOINT", "--protocol", "coco-5k"],
             "defined on the 5000 images of the split 'test' (Karpathy), got 500 images",
         ),
-        (["CHECKPOINT", "--split", "dev"], "The scenes have no split 'dev'"),
+        (["CHECKPOINT", "--split", "dev"], "The data set scenes has no split 'dev'"),
         (["runs/no/such/folder"], "the checkpoint runs/no/such/folder does not exist"),
         (["tests"], "the folder tests holds no checkpoint: it has no config.json"),
     ],

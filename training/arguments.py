@@ -1,24 +1,23 @@
 """Run settings: a recipe file plus `--field value` overrides, both checked by the same parser."""
 
 import dataclasses
-import difflib
 import inspect
 import json
 import math
 import re
 import shlex
 import sys
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 from accelerate.tracking import get_available_trackers
-from transformers import HfArgumentParser
 
 from granalign_hf.modeling.configuration_granalign import GranAlignConfig
+from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
+from granalign_hf.training.problems import settle_fields
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo-scenes.yaml"
 # Of those in Transformers the ones that need no further numbers and no metric.
@@ -32,42 +31,6 @@ SOURCES = {  # what a side of the model starts from
     "vision": ("checkpoint", "vision_encoder", "vision_config"),
     "text": ("checkpoint", "text_encoder", "text_config"),
 }
-
-
-class SettingsParser(HfArgumentParser):
-    """Fields of dataclasses as options; an error is a line or two, without a list of all options."""
-
-    def __init__(self, dataclass_types, description: str):
-        super().__init__(dataclass_types, description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> typing.NoReturn:
-        print(f"{self.prog}: error: {message}\n(--help lists all fields)", file=sys.stderr)
-        raise SystemExit(2)
-
-    def refuse(self, problems: Sequence[str]) -> None:
-        """Ends the program with all the problems, if there are any."""
-        if problems:
-            self.error("; ".join(problems))
-
-    def refuse_unknown(self, unknown: Sequence[str], where: str) -> None:
-        """Ends the program if there are words that are no field; it names the field that was likely meant."""
-        words = [word for word in unknown if word.startswith("--")] or unknown
-        hints = []
-        for name in (word.lstrip("-").partition("=")[0] for word in words):
-            close = difflib.get_close_matches(name, self.field_names, n=1)
-            hints.append(name + (f" (did you mean {close[0]}?)" if close else ""))
-        if hints:
-            self.error(f"unknown fields {where}: {', '.join(hints)}")
-
-    @property
-    def field_names(self) -> list[str]:
-        return [f.name for kind in self.dataclass_types for f in dataclasses.fields(kind)]
-
-
-def setting(default, description: str):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": description})
-    return field(default=default, metadata={"help": description})
 
 
 @dataclass
@@ -103,6 +66,16 @@ class RunArguments(DataArguments):
     max_train_images: int | None = setting(None, "Train on the first images only.")
     max_eval_images: int | None = setting(None, "Validate on the first images only.")
     num_scenes: int = setting(4000, "Number of training scenes, where `dataset` is `scenes`.")
+    streaming: bool = setting(
+        False, "Read the training images as a stream, as their files come; the validation split is read into memory."
+    )
+    steps_per_epoch: int | None = setting(None, "Steps of an epoch of a stream; the next epoch goes on where it ended.")
+    shuffle_buffer: int = setting(1000, "Rows that each process and worker keeps of a stream, to draw the next one from.")
+    max_corrupt_share: float = setting(
+        0.0,
+        "Share of the training images that may be unreadable: they are named, counted and left out. Without a stream every "
+        "image is read once before the first step. 0: the first that is met ends the run.",
+    )
 
     checkpoint: str | None = setting(
         None,
@@ -198,28 +171,41 @@ def _model_arguments() -> type:
 ModelArguments = _model_arguments()
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, dict, str]:
+def parse_arguments(
+    argv: list[str] | None = None, data_problems: Callable[[RunArguments], list[str]] = lambda run: []
+) -> tuple[RunArguments, dict, str]:
     """`[RECIPE.yaml] [--field value ...]` -> run settings, the named fields of GranAlignConfig, and the command as typed.
 
+    Args:
+        data_problems: what is wrong with the data set, which is told together with the rest.
+
     Raises:
-        SystemExit: a field that does not exist or a value of the wrong type; the message names them all.
+        SystemExit: a field that does not exist or has no effect, a value of the wrong type or out of range, settings that
+            exclude each other; the message names them all.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     has_recipe = bool(argv) and not argv[0].startswith("--")
-    recipe = Path(argv[0]) if has_recipe else DEFAULT_RECIPE
+    path = Path(argv[0]) if has_recipe else DEFAULT_RECIPE
     overrides = argv[has_recipe:]
-    given = {word.removeprefix("--").partition("=")[0] for word in overrides if word.startswith("--")}
+    given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")}
     parser = SettingsParser((RunArguments, ModelArguments), description="Trains a GranAlign model.")
-    words = as_words(_without_replaced_model(_read_recipe(recipe, parser), given)) + overrides
+    recipe, problems = _read_recipe(path, parser)
+    words = as_words(_without_replaced_model(recipe, given)) + overrides
     run, model, unknown = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
-    parser.refuse_unknown(unknown, "on the command line")
-    parser.refuse(_source_problems(run, lambda name: "on the command line" if name in given else f"in {recipe}"))
-    parser.refuse(_problems(run))
+    problems += parser.unknown_fields(unknown, "on the command line")
+
+    def where(name: str) -> str:
+        return "on the command line" if name in given else f"in {path}"
+
     fields = {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
+    fields, problems_of_fields = settle_fields(fields, recipe, given, run.checkpoint, where)
+    problems += _source_problems(run, where) + _problems(run) + _stream_problems(run) + problems_of_fields
+    parser.refuse(problems + data_problems(run))
     return run, fields, shlex.join(["accelerate", "launch", "training/train.py", *argv])
 
 
-def _read_recipe(recipe: Path, parser: SettingsParser) -> dict:
+def _read_recipe(recipe: Path, parser: SettingsParser) -> tuple[dict, list[str]]:
+    """The known fields of a recipe, and what is wrong with the others."""
     if not recipe.is_file():
         parser.error(f"the recipe {recipe} does not exist")
     try:
@@ -229,8 +215,9 @@ def _read_recipe(recipe: Path, parser: SettingsParser) -> dict:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         parser.error(f"the recipe {recipe} must be lines of `field: value`, got {type(settings).__name__}: {settings!r:.60}")
-    parser.refuse_unknown([f"--{name}" for name in settings if name not in parser.field_names], f"in {recipe}")
-    return settings
+    unknown = [f"--{name}" for name in settings if name not in parser.field_names]
+    known = {name: value for name, value in settings.items() if name in parser.field_names}
+    return known, parser.unknown_fields(unknown, f"in {recipe}")
 
 
 def _without_replaced_model(settings: dict, given: set[str]) -> dict:
@@ -269,8 +256,8 @@ def _source_problems(run: RunArguments, where: Callable[[str], str]) -> list[str
 def _problems(run: RunArguments) -> list[str]:
     """What no run could do, all at once."""
     counts = ["epochs", "batch_size", "eval_interval", "eval_batch_size", "num_scenes"]
-    counts += ["max_train_images", "max_eval_images", "save_steps", "total_limit"]
-    counts += ["micro_batch_size", "gradient_accumulation_steps"]
+    counts += ["max_train_images", "max_eval_images", "save_steps", "total_limit", "steps_per_epoch"]
+    counts += ["shuffle_buffer", "micro_batch_size", "gradient_accumulation_steps"]
     problems = range_problems(run, counts, "must be at least 1", lambda value: value >= 1)
     not_negative = ["captions_per_image", "encoder_lr_factor", "weight_decay", "warmup_epochs", "num_workers", "seed"]
     not_negative += ["lora_rank"]
@@ -280,7 +267,8 @@ def _problems(run: RunArguments) -> list[str]:
     shares = ["lr_warmup_share", "caption_noise"]
     problems += range_problems(run, shares, "must lie in [0, 1]", lambda value: 0 <= value <= 1)
     problems += range_problems(run, ["crop_scale", "layer_decay"], "must lie in (0, 1]", lambda value: 0 < value <= 1)
-    problems += range_problems(run, ["caption_augmentation"], "must lie in [0, 1)", lambda value: 0 <= value < 1)
+    shares = ["caption_augmentation", "max_corrupt_share"]
+    problems += range_problems(run, shares, "must lie in [0, 1)", lambda value: 0 <= value < 1)
     if run.freeze_encoders and (run.crop_scale != 1 or run.caption_augmentation != 0):
         problems.append(
             "freeze_encoders trains on stored features, which cannot change: set crop_scale 1 and caption_augmentation 0"
@@ -289,6 +277,8 @@ def _problems(run: RunArguments) -> list[str]:
         problems.append("freeze_encoders leaves nothing in the encoders to train: set lora_rank 0 and layer_decay 1")
     if run.lora_rank and find_spec("peft") is None:
         problems.append('lora_rank needs the Python package peft: pip install "granalign-hf[peft]"')
+    if run.features_column is not None and (run.image_column is not None or run.image_folder is not None):
+        problems.append("features_column replaces pictures: leave out image_column and image_folder")
     trackers = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
     choices = {"matmul_precision": PRECISIONS, "mixed_precision": ("no", "bf16", "fp16"), "lr_scheduler": SCHEDULERS}
     choices |= {"lora_encoders": LORA_ENCODERS}
@@ -300,25 +290,32 @@ def _problems(run: RunArguments) -> list[str]:
     return problems + [problem for name in ("vision_config", "text_config") for problem in _config_problems(run, name)]
 
 
-def range_problems(args: DataArguments, names: Sequence[str], rule: str, is_allowed: Callable) -> list[str]:
-    """One line for each of the fields `names` whose value, unless it is `None`, breaks the rule."""
-    values = {name: getattr(args, name) for name in names}
-    return [f"{n} {rule}, got {value}" for n, value in values.items() if value is not None and not is_allowed(value)]
-
-
-def choice_problems(args: DataArguments, choices: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line for each field whose value, unless it is `None`, is not one of its choices."""
-    values = {name: getattr(args, name) for name in choices}
-    wrong = {name: value for name, value in values.items() if value is not None and value not in choices[name]}
-    return [f"{name} must be one of {', '.join(choices[name])}, got {value}" for name, value in wrong.items()]
+def _stream_problems(run: RunArguments) -> list[str]:
+    """What a stream needs, and what cannot be done with one."""
+    if not run.streaming:
+        return [] if run.steps_per_epoch is None else ["steps_per_epoch is for streaming: an epoch is all images once"]
+    problems = []
+    if run.steps_per_epoch is None:
+        problems.append("streaming needs steps_per_epoch: a stream does not tell how many images it has")
+    whole = {
+        "freeze_encoders": (run.freeze_encoders, "stores the features of all images"),
+        "text_config": (run.text_config is not None, "takes its vocabulary from all captions: give text_encoder"),
+        "max_train_images": (run.max_train_images is not None, "counts images, a stream has steps_per_epoch"),
+        "caption_noise": (run.caption_noise > 0, "exchanges captions of the whole split"),
+        "dataset scenes": (run.dataset == "scenes", "is drawn and comes from no file"),
+    }
+    return problems + [f"streaming excludes {name}, which {why}" for name, (is_set, why) in whole.items() if is_set]
 
 
 def _config_problems(run: RunArguments, name: str) -> list[str]:
     text = getattr(run, name)
     try:
-        is_config = text is None or "model_type" in dict(json.loads(text))
+        config = {"model_type": None} if text is None else dict(json.loads(text))
+        is_config = "model_type" in config
     except (TypeError, ValueError):
         is_config = False
+    if is_config and config["model_type"] == "region_features" and run.crop_scale != 1:
+        return [f"crop_scale must be 1 for region_features, which cannot be cropped, got {run.crop_scale}"]
     return [] if is_config else [f"{name} must be a JSON object with a model_type, or a mapping in a recipe, got {text!r}"]
 
 

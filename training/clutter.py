@@ -19,12 +19,13 @@ from tqdm import tqdm
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import fold_ranks
 from granalign_hf.training.compare import Comparison, markdown_table, run_folder, run_settings
-from granalign_hf.training.data import SCENE_SEEDS, CaptionedImages, drawn_scenes
+from granalign_hf.training.data import CaptionedImages, drawn_scenes
 from granalign_hf.training.demo import GALLERY, pointing
 from granalign_hf.training.plot import plot_curves
 from granalign_hf.training.protocols import mean_metrics
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import scored_split
+from granalign_hf.training.tables import SCENE_SEEDS
 
 NUM_SCENES = 500
 DISTRACTORS = (0, 1, 2, 4, 6, 8)

@@ -21,16 +21,10 @@ from accelerate.logging import get_logger
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import bootstrap_interval
 from granalign_hf.model_card import write_model_card
-from granalign_hf.training.arguments import (
-    PRECISIONS,
-    DataArguments,
-    SettingsParser,
-    choice_problems,
-    range_problems,
-    setting,
-)
+from granalign_hf.training.arguments import PRECISIONS, DataArguments
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.leaks import find_leaks, leak_warning
+from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
 from granalign_hf.training.protocols import PROTOCOLS, gallery_ranks, mean_metrics, save_ranks
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import scored_split
@@ -112,8 +106,8 @@ def parse_arguments(argv: list[str]) -> tuple[SettingsParser, EvaluateArguments,
     parser = SettingsParser(EvaluateArguments, description="Evaluates a checkpoint.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Folder or Hub id of a GranAlign model.")
     args, rest, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    parser.refuse_unknown(unknown, "on the command line")
-    problems = range_problems(args, ["max_images", "batch_size"], "must be at least 1", lambda value: value >= 1)
+    problems = parser.unknown_fields(unknown, "on the command line")
+    problems += range_problems(args, ["max_images", "batch_size"], "must be at least 1", lambda value: value >= 1)
     problems += choice_problems(args, {"matmul_precision": PRECISIONS, "protocol": [*PROTOCOLS]})
     if args.protocol is not None and args.max_images is not None:
         problems.append(f"protocol {args.protocol} takes all images of its split, so max_images must be left out")

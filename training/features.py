@@ -22,7 +22,16 @@ from transformers.modeling_outputs import BaseModelOutput
 from granalign_hf.modeling import processing_granalign
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
-from granalign_hf.training.data import CaptionedImages, draw_captions
+from granalign_hf.training.batches import TrainingSet, draw_captions
+from granalign_hf.training.data import CaptionedImages
+
+
+@dataclass
+class StoredOutput(BaseModelOutput):
+    """Of an encoder; a loader could not pin the memory of one that is not told how."""
+
+    def pin_memory(self) -> StoredOutput:
+        return StoredOutput(last_hidden_state=self.last_hidden_state.pin_memory())
 
 
 @dataclass
@@ -40,7 +49,7 @@ class TokenFeatures:
     def images(self, numbers: Sequence[int]) -> dict:
         """Arguments of `get_image_features` that stand for these images."""
         hidden = torch.from_numpy(self.image_hidden[list(numbers)]).float()
-        return {"vision_model_output": BaseModelOutput(last_hidden_state=hidden), "image_size": self.image_size}
+        return {"vision_model_output": StoredOutput(last_hidden_state=hidden), "image_size": self.image_size}
 
     def captions(self, numbers: Iterable[int]) -> dict:
         """Arguments of `get_text_features` that stand for these captions."""
@@ -51,7 +60,7 @@ class TokenFeatures:
         return {
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-            "text_model_output": BaseModelOutput(last_hidden_state=words.float()),
+            "text_model_output": StoredOutput(last_hidden_state=words.float()),
         }
 
 
@@ -171,16 +180,15 @@ def _to_half(hidden: Tensor, names: list[str]) -> np.ndarray:
     return half.cpu().numpy()
 
 
-class FeatureImages(torch.utils.data.Dataset):
+class FeatureImages(TrainingSet):
     """The images of [`TokenFeatures`], each with some of its captions; stands in for `TrainingImages`.
 
     `caption_order`: place p of all captions gets the one in place `caption_order[p]` (see `noisy_order`).
     """
 
     def __init__(self, features: TokenFeatures, captions_per_image: int, seed: int, caption_order: np.ndarray):
-        self.features, self.captions_per_image, self.seed = features, captions_per_image, seed
-        self.caption_order = caption_order
-        self.epoch = 0
+        super().__init__(seed, captions_per_image)
+        self.features, self.caption_order = features, caption_order
 
     def __len__(self) -> int:
         return len(self.features.data)
@@ -203,5 +211,6 @@ class FeatureCollator:
             **self.features.images(numbers),
             **self.features.captions(c for item in items for c in item["captions"]),
             "image_ids": torch.tensor(numbers),
+            "image_names": [self.features.data.image_ids[number] for number in numbers],
             "caption_image_ids": torch.tensor([item["number"] for item in items for _ in item["captions"]]),
         }

@@ -16,14 +16,14 @@ def check_finite(training: Training, quantity: str, value: float, where: str, te
     """Ends the run in all processes, which have the same `value`, unless it is finite.
 
     Args:
-        quantity: what `value` is. where: epoch and step. terms: the loss and its terms. batch: with `image_ids`.
+        quantity: what `value` is. where: epoch and step. terms: the loss and its terms. batch: with `image_names`.
 
     Raises:
         FloatingPointError: the message has all of this and the names of the images of all processes.
     """
     if math.isfinite(value):
         return
-    names = gather_object([training.train_data.image_ids[number] for number in batch["image_ids"].tolist()])
+    names = gather_object(batch["image_names"])
     figures = ", ".join(f"{name} {term:g}" for name, term in terms.items())
     raise FloatingPointError(
         f"The {quantity} is {value} at {where}: {figures}. The state of before this step is saved in "

@@ -35,13 +35,15 @@ def log_step(
     step: int,
     values: dict[str, float],
     grad_norm: float | None,
+    speed: dict[str, float],
 ) -> None:
     """Adds a step to the sums of its epoch; every twentieth goes to the trackers. Before the rates change.
 
     Args:
         sums: name -> [sum, number of steps], of the epoch so far; see [`epoch_means`]. step: of the run.
         values: the loss and its terms. grad_norm: `None` for a step without an update; one that is not finite (half
-            precision finds its scale that way) is logged, but does not count in the sums.
+            precision finds its scale that way) is logged, but does not count in the sums. speed: of
+            the epoch so far; it is logged only.
     """
     norms = {} if grad_norm is None else {"grad_norm": grad_norm}
     rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
@@ -51,6 +53,7 @@ def log_step(
         sums[name] = [total + value, count + 1]
     if step % STEPS_BETWEEN_LOGS == 0:
         logged = {f"train/{name}": value for name, value in (values | norms).items()}
+        logged |= {f"speed/{name}": value for name, value in speed.items()}
         accelerator.log(logged | rates, step=step)
 
 

@@ -13,11 +13,14 @@ from granalign_hf.modeling.configuration_granalign import GranAlignConfig
 from granalign_hf.training.arguments import RunArguments
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.runtime import hardware, portable
+from granalign_hf.training.streams import StreamedImages
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "granalign-hf")
 
 
-def run_record(run: RunArguments, command: str, config: GranAlignConfig, train_data: CaptionedImages, state: dict) -> dict:
+def run_record(
+    run: RunArguments, command: str, config: GranAlignConfig, train_data: CaptionedImages | StreamedImages, state: dict
+) -> dict:
     """The content of metrics.json: what was run, on what, and every epoch's figures.
 
     Args:
@@ -37,8 +40,7 @@ def run_record(run: RunArguments, command: str, config: GranAlignConfig, train_d
         "dataset": Path(run.dataset).name,
         "train_split": run.train_split,
         "validation_split": run.validation_split,
-        "num_train_images": len(train_data),
-        "num_train_captions": sum(len(captions) for captions in train_data.captions),
+        **_counts(train_data, state["history"]),
         "encoders": before["encoders"]
         if before
         else {
@@ -61,6 +63,19 @@ def run_record(run: RunArguments, command: str, config: GranAlignConfig, train_d
 def without_resume(command: str) -> str:
     """A resumed run ends as the one that was never interrupted, so the command of that one tells how it came about."""
     return re.sub(r" --resume(?![\w-])([ =](?!-)\S+)?", "", command)
+
+
+def _counts(train_data: CaptionedImages | StreamedImages, history: list[dict]) -> dict:
+    """Of images and captions, which are unknown of a stream; and of the images that could not be read and were left out."""
+    if isinstance(train_data, StreamedImages):
+        skipped = sum(record["corrupt_images"] for record in history)
+        return {"num_train_images": None, "num_train_captions": None, "num_corrupt_images": skipped}
+    return {
+        "num_train_images": len(train_data),
+        "num_train_captions": len(train_data.all_captions),
+        "num_corrupt_images": len(train_data.corrupt),
+        "corrupt_images": train_data.corrupt,
+    }
 
 
 def _earlier_run(checkpoint: str | None) -> dict | None:

@@ -19,7 +19,7 @@ from signal import SIGINT
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast, gather_object, set_seed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -28,19 +28,24 @@ from granalign_hf.evaluation import RetrievalRanks, ranks_to_metrics, retrieval_
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments, parse_arguments
+from granalign_hf.training.batches import Collator, TrainingImages, TrainingSet, noisy_order
 from granalign_hf.training.build import build
 from granalign_hf.training.checkpointing import keep_best
-from granalign_hf.training.data import CaptionedImages, Collator, TrainingImages, load_split, noisy_order
+from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.distributed import shared_loss
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.finite import check_finite, may_overflow
 from granalign_hf.training.gradient_cache import CachedTokens, TokenEncoder
 from granalign_hf.training.interruption import Interruption
 from granalign_hf.training.leaks import save_training_images
+from granalign_hf.training.loaders import prepare, training_data, training_loader
 from granalign_hf.training.observing import epoch_means, log_step, log_validation, log_word_maps, start_trackers
 from granalign_hf.training.runtime import set_up_torch
 from granalign_hf.training.scoring import scored_split
 from granalign_hf.training.states import States, one_clear_error, run_settings
+from granalign_hf.training.streams import StreamedImages
+from granalign_hf.training.tables import data_problems
+from granalign_hf.training.throughput import Throughput, shown
 from granalign_hf.training.tuning import add_adapters, parameter_groups, rest_frozen_encoders
 
 logger = get_logger(__name__)
@@ -52,13 +57,13 @@ class Training:
 
     run: RunArguments
     accelerator: Accelerator
-    train_data: CaptionedImages
+    train_data: CaptionedImages | StreamedImages
     val_data: CaptionedImages
     val_features: TokenFeatures | None
     processor: GranAlignProcessor
     model: torch.nn.Module  # a `TokenEncoder`, in what Accelerate wraps around it
     replica: GranAlignModel | None  # under FSDP, for the model in one piece
-    images: TrainingImages | FeatureImages
+    images: TrainingSet
     order: torch.Generator
     loader: torch.utils.data.DataLoader
     optimizer: torch.optim.Optimizer
@@ -89,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
         OSError: the output folder cannot be written.
     """
     started = time.perf_counter()
-    run, fields, command = parse_arguments(argv)
+    run, fields, command = parse_arguments(argv, data_problems)
     output = Path(run.output_dir)
     with one_clear_error("output folder", output):
         output.mkdir(parents=True, exist_ok=True)
@@ -116,7 +121,7 @@ def main(argv: list[str] | None = None) -> dict:
     accelerator.end_training()
     if accelerator.is_main_process:
         # Last, since no other process waits for it.
-        if run.dataset != "scenes":
+        if run.dataset != "scenes" and isinstance(training.train_data, CaptionedImages):
             save_training_images(training.train_data, output)
         print(f"best epoch {state['best_epoch']}: checkpoint and metrics in {output}")
     return state
@@ -150,6 +155,8 @@ def train_epochs(
             save()
             raise
         record: dict = {"epoch": epoch + 1, **epoch_means(state["totals"])}
+        if run.streaming:
+            record["corrupt_images"] = sum(gather_object([training.images.num_corrupt]))
         ranks = None
         if (epoch + 1) % run.eval_interval == 0 or epoch + 1 == run.epochs:
             save()  # a kill in the validation costs no step
@@ -176,20 +183,24 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     if run.micro_batch_size is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("`micro_batch_size` does not work under DeepSpeed. Use FSDP, or leave it out.")
     # Data and model
-    train_data = load_split(run.dataset, run.train_split, **run.load_options, num_scenes=run.num_scenes)
-    train_data = train_data.first(run.max_train_images)
-    val_data = load_split(run.dataset, run.validation_split, **run.load_options).first(run.max_eval_images)
-    model, processor = build(run, fields, train_data.all_captions)
-    processor(images=train_data.image(0))  # refuses pictures for a model of region features, and the other way round
+    train_data = training_data(run, accelerator)
+    val_data = load_split(run.dataset, run.validation_split, **run.load_options, streaming=run.streaming)
+    val_data = val_data.first(run.max_eval_images)
+    captions = [] if isinstance(train_data, StreamedImages) else train_data.all_captions
+    model, processor = build(run, fields, captions)
+    first = train_data.first_image() if isinstance(train_data, StreamedImages) else train_data.image(0)
+    processor(images=first)  # refuses pictures for a model of region features, and the other way round
     if accelerator.is_main_process:
-        processor.warn_of_truncation(train_data.all_captions + val_data.all_captions)
+        processor.warn_of_truncation(captions + val_data.all_captions)
     val_features = None
-    caption_order = noisy_order(len(train_data.all_captions), run.caption_noise, run.seed)
-    images: TrainingImages | FeatureImages
-    collate: Collator | FeatureCollator
+    caption_order = noisy_order(len(captions), run.caption_noise, run.seed)
+    images: TrainingSet
+    collate: Collator | FeatureCollator = Collator(processor, run.caption_augmentation)
     if run.lora_rank:
         add_adapters(model, run)
-    if run.freeze_encoders:
+    if isinstance(train_data, StreamedImages):
+        images = train_data
+    elif run.freeze_encoders:
         model.vision_model.requires_grad_(False)
         model.text_model.requires_grad_(False)
         model.to(accelerator.device)
@@ -201,22 +212,14 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         collate = FeatureCollator(train_features)
     else:
         images = TrainingImages(train_data.reordered(caption_order), run.captions_per_image, run.crop_scale, run.seed)
-        collate = Collator(processor, run.caption_augmentation)
 
     # Order, optimiser, schedule
     order = torch.Generator()
-    loader = torch.utils.data.DataLoader(
-        images,
-        run.batch_size,
-        shuffle=True,
-        generator=order,
-        collate_fn=collate,
-        num_workers=run.num_workers,
-        drop_last=True,
-    )
+    is_on_gpu = accelerator.device.type == "cuda"
+    loader = training_loader(images, collate, run.batch_size, run.num_workers, order, is_pinned=is_on_gpu)
     optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=run.learning_rate)
     replica = copy.deepcopy(model) if accelerator.distributed_type == DistributedType.FSDP else None
-    encoder, optimizer, loader = accelerator.prepare(TokenEncoder(model), optimizer, loader)
+    encoder, optimizer, loader = prepare(accelerator, TokenEncoder(model), optimizer, loader)
     if len(loader) == 0:
         needed = run.batch_size * accelerator.num_processes
         raise ValueError(f"`batch_size` {run.batch_size} needs {needed} training images for one step, got {len(images)}.")
@@ -253,7 +256,8 @@ def train_epoch(training: Training, state: dict) -> Iterator[None]:
         batches = skip_first_batches(batches, state["step"])  # of the order that the seed of the epoch decides on
     title, is_quiet = f"epoch {epoch + 1}/{run.epochs}", not accelerator.is_main_process
     bar = tqdm(batches, title, steps_per_epoch, initial=state["step"], disable=is_quiet)
-    for step, batch in enumerate(bar, state["step"]):
+    throughput = Throughput(accelerator.num_processes)
+    for step, batch in enumerate(throughput.watch(bar), state["step"]):
         where, grad_norm = f"epoch {epoch + 1}, step {step + 1}", None
         with accelerator.accumulate(model):
             cached = CachedTokens(accelerator, model, batch, run.micro_batch_size)
@@ -265,12 +269,14 @@ def train_epoch(training: Training, state: dict) -> Iterator[None]:
                 grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm))
                 if not may_overflow(accelerator):
                     check_finite(training, "norm of the gradient", grad_norm, where, values, batch)
-            log_step(accelerator, training.optimizer, state["totals"], num_steps(training, state), values, grad_norm)
+            figures = (values, grad_norm, throughput.rates())
+            log_step(accelerator, training.optimizer, state["totals"], num_steps(training, state), *figures)
             training.optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 training.scheduler.step()
             training.optimizer.zero_grad()
-        bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum(state))
+        told = shown(throughput.rates(), training.images.num_corrupt)
+        bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum(state), **told)
         state["step"] = step + 1
         if accelerator.sync_gradients:  # a state has no gradients that wait for others
             yield

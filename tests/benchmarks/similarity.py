@@ -8,14 +8,11 @@ round. It wants an otherwise idle machine.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import report
 import torch
 from measuring import alternate, milliseconds, peak_megabytes, ratio
 from peers import (
@@ -261,47 +258,8 @@ SECTIONS: dict[str, Callable[[int], list[dict]]] = {
 }
 
 
-def markdown(rows: list[dict]) -> str:
-    def cell(value) -> str:
-        return (
-            f"{value:.3g}"
-            if isinstance(value, float) and abs(value) < 100
-            else (f"{value:.0f}" if isinstance(value, float) else str(value))
-        )
-
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def page(result: dict) -> str:
-    """All sections as Markdown, each with its date and machine."""
-    parts = ["# Similarity\n\nWritten by `python tests/benchmarks/similarity.py`; an x is how many times faster ours is.\n"]
-    for name, section in result.items():
-        origin = f"{section['date']}, {section['machine']}, torch {section['torch']}, {section['rounds']} rounds"
-        parts.append(f"## {name}\n\n{SECTIONS[name].__doc__} ({origin})\n\n{markdown(section['rows'])}\n")
-    return "\n".join(parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
-    args = parser.parse_args()
-    result = json.loads(args.output.read_text()) if args.output.is_file() else {}
-    for name in args.only:
-        rows = SECTIONS[name](args.rounds)
-        result[name] = {
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}",
-            "torch": torch.__version__,
-            "rounds": args.rounds,
-            "rows": rows,
-        }
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text(page(json.loads(args.output.read_text())))
-        print(f"\n{name}\n{markdown(rows)}", flush=True)
+HEAD = "# Similarity\n\nWritten by `python tests/benchmarks/similarity.py`; an x is how many times faster ours is.\n"
 
 
 if __name__ == "__main__":
-    main()
+    report.main(__doc__, HEAD, SECTIONS, Path(__file__).with_suffix(".json"))

@@ -1,0 +1,77 @@
+"""The parser of settings: dataclasses as options, every problem in one message of a line or two."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import typing
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, fields
+
+from transformers import HfArgumentParser
+
+
+class SettingsParser(HfArgumentParser):
+    """Fields of dataclasses as options; an error is a line or two, without a list of all options."""
+
+    def __init__(self, dataclass_types, description: str):
+        self.wrong_values: list[str] = []
+        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+
+    def add_argument(self, *names, **options):
+        """As in argparse, but a value of the wrong type is noted and the default taken, so that others are seen too."""
+        convert, default = options.get("type"), options.get("default")
+
+        def converted(text: str):
+            try:
+                return convert(text)
+            except (TypeError, ValueError, ArgumentTypeError):
+                kind = getattr(convert, "__name__", convert).replace("string_to_bool", "bool")
+                self.wrong_values.append(f"argument {names[0]}: invalid {kind} value: {text!r}")
+                return default
+
+        return super().add_argument(*names, **(options if convert is None else options | {"type": converted}))
+
+    def error(self, message: str) -> typing.NoReturn:
+        message = "; ".join([*self.wrong_values, message])
+        print(f"{self.prog}: error: {message}\n(--help lists all fields)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def refuse(self, problems: Sequence[str]) -> None:
+        """Ends the program with all the problems, if there are any."""
+        if problems or self.wrong_values:
+            problems, self.wrong_values = [*self.wrong_values, *problems], []
+            self.error("; ".join(problems))
+
+    def unknown_fields(self, unknown: Sequence[str], where: str) -> list[str]:
+        """A line on words that are no field, if there are any; it names the field that was likely meant."""
+        words = [word for word in unknown if word.startswith("--")] or unknown
+        hints = []
+        for name in (word.lstrip("-").partition("=")[0] for word in words):
+            close = difflib.get_close_matches(name, self.field_names, n=1)
+            hints.append(name + (f" (did you mean {close[0]}?)" if close else ""))
+        return [f"unknown fields {where}: {', '.join(hints)}"] if hints else []
+
+    @property
+    def field_names(self) -> list[str]:
+        return [f.name for kind in self.dataclass_types for f in fields(kind)]
+
+
+def setting(default, description: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": description})
+    return field(default=default, metadata={"help": description})
+
+
+def range_problems(args, names: Sequence[str], rule: str, is_allowed: Callable) -> list[str]:
+    """One line for each of the fields `names` whose value, unless it is `None`, breaks the rule."""
+    values = {name: getattr(args, name) for name in names}
+    return [f"{n} {rule}, got {value}" for n, value in values.items() if value is not None and not is_allowed(value)]
+
+
+def choice_problems(args, choices: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line for each field whose value, unless it is `None`, is not one of its choices."""
+    values = {name: getattr(args, name) for name in choices}
+    wrong = {name: value for name, value in values.items() if value is not None and value not in choices[name]}
+    return [f"{name} must be one of {', '.join(choices[name])}, got {value}" for name, value in wrong.items()]
