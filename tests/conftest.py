@@ -12,6 +12,8 @@ from torch import Tensor, nn
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
 
+PRECISION, THREADS = torch.get_float32_matmul_precision(), torch.get_num_threads()
+
 
 def _draw_tokens(
     seed: int = 0,
@@ -52,13 +54,17 @@ def draw_tokens() -> Callable[..., dict[str, Tensor]]:
     return _draw_tokens
 
 
+def _restore_torch() -> None:
+    torch.set_float32_matmul_precision(PRECISION)
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(autouse=True)
 def torch_as_it_was() -> Iterator[None]:
-    """A script sets the threads and the precision of the whole process; the next test shall not feel it."""
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    """A script sets the threads and the precision of the whole process, in a fixture of a module too; no test feels it."""
+    _restore_torch()
     yield
-    torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(threads)
+    _restore_torch()
 
 
 @pytest.fixture

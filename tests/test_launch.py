@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
 from granalign_hf.training import train
+from granalign_hf.training.states import States
 
 CONFIGS = Path(train.__file__).parent / "accelerate_configs"
 # Nothing of chance within the model, so that it does not matter who encodes what.
@@ -112,16 +113,16 @@ def sharded(rank: int, folder: Path) -> None:
 
     train.train_epoch = train_epoch
     argv = [*RUN, "--batch_size", "4", "--micro_batch_size", "2", "--output_dir", str(folder)]
-    save_state = train.save_state
+    save = States.save
 
-    def interrupt(accelerator, output, state):
-        save_state(accelerator, output, state)
+    def interrupt(states, state, step):
+        save(states, state, step)
         raise KeyboardInterrupt
 
-    train.save_state = interrupt
+    States.save = interrupt
     with pytest.raises(KeyboardInterrupt):
         train.main(argv)
-    train.save_state = save_state
+    States.save = save
     train.main([*argv, "--resume"])
 
 
