@@ -238,6 +238,17 @@ def test_a_signal_saves_after_the_step_and_leaves(which, code, whole, tmp_path, 
         assert_same(remains(tmp_path), whole.files)
 
 
+@pytest.mark.slow
+def test_a_signal_between_the_batches_of_an_update_waits_for_it(tmp_path):
+    argv = [*SMALL, "--gradient_accumulation_steps", "3", "--micro_batch_size", "3"]  # updates after batches 3 and 4
+    train.main([*argv, "--output_dir", str(tmp_path / "whole")])
+    stopped = [*argv, "--output_dir", str(tmp_path / "stopped")]
+    assert stop_at_step(3, signal.SIGTERM, stopped) == 143
+    assert {path.name for path in (tmp_path / "stopped/state").iterdir()} == {"step-4", "step-7"}
+    train.main([*stopped, "--resume"])
+    assert_same(remains(tmp_path / "stopped"), remains(tmp_path / "whole"))
+
+
 def test_a_second_ctrl_c_leaves_at_once():
     with Interruption(Accelerator()) as interruption:
         os.kill(os.getpid(), signal.SIGINT)
