@@ -394,7 +394,7 @@ def test_a_run_of_other_settings_is_not_resumed(whole, tmp_path):
     changed = ["--batch_size", "4", "--seed", "1", "--margin", "0.3", "--num_workers", "1"]
     with pytest.raises(ValueError) as refused:
         train.main([*SMALL, *changed, "--output_dir", str(tmp_path / "run"), "--resume"])
-    had = "which had seed 0 (now 1), batch_size 8 (now 4), steps_per_epoch 4 (now 8), margin None (now 0.3)."
+    had = "which had seed 0 (now 1), batch_size 8 (now 4), batches_per_epoch 4 (now 8), margin None (now 0.3)."
     assert had in str(refused.value) and "start a new one without --resume" in str(refused.value)
 
 

@@ -147,7 +147,7 @@ def run_settings(training: Training, fields: dict) -> dict:
     Args:
         fields: of `GranAlignConfig`, as given.
     """
-    shares = {"num_processes": training.accelerator.num_processes, "steps_per_epoch": len(training.loader)}
+    shares = {"num_processes": training.accelerator.num_processes, "batches_per_epoch": len(training.loader)}
     settings = {**dataclasses.asdict(training.run), **fields, **shares}
     if not isinstance(training.loader.dataset, torch.utils.data.IterableDataset):
         del settings["num_workers"]  # a stream alone is shared out by it
