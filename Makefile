@@ -11,7 +11,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 setup: .venv/.installed
 
 demo: setup
-	$(LAUNCH) training/train.py
+	$(LAUNCH) training/train.py --resume
 	$(BIN)/python -m granalign_hf.training.demo runs/demo-scenes
 
 test: setup

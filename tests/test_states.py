@@ -406,16 +406,29 @@ def test_more_epochs_may_change_the_schedule(scheduler, is_told, caplog):
     assert ("`epochs` was 2 and is 3" in caplog.text) == is_told
 
 
-def test_resume_without_a_state_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="found no saved state"):
-        train.main([*TINY, "--output_dir", str(tmp_path), "--resume"])
+def test_resume_without_a_state_begins(tmp_path):
+    train.main([*TINY, "--output_dir", str(tmp_path), "--epochs", "1", "--resume"])
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-3"]
+
+
+def leave_state(folder: Path, epoch: int) -> None:
+    """Of a run of two epochs."""
+    (folder / "state" / "step-7").mkdir(parents=True)
+    progress = {"epoch": epoch, "settings": {"epochs": 2}}
+    (folder / "state" / "step-7" / "progress.json").write_text(json.dumps(progress))
 
 
 def test_a_new_run_does_not_resume_an_earlier_one(tmp_path):
-    (tmp_path / "state" / "step-7").mkdir(parents=True)
-    (tmp_path / "state" / "step-7" / "progress.json").write_text("{}")
+    leave_state(tmp_path, epoch=2)
     train.main([*TINY, "--output_dir", str(tmp_path), "--epochs", "1"])
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-3"]
+
+
+def test_a_new_run_does_not_remove_one_that_was_stopped(tmp_path):
+    leave_state(tmp_path, epoch=1)
+    with pytest.raises(ValueError, match=r"step-7 holds a run that was stopped in epoch 2 of 2, .*Go on with --resume"):
+        train.main([*TINY, "--output_dir", str(tmp_path)])
+    assert (tmp_path / "state" / "step-7" / "progress.json").is_file()
 
 
 def test_a_new_checkpoint_leaves_nothing_of_the_old_one(tmp_path):

@@ -20,6 +20,10 @@ from granalign_hf.training.parser import SettingsParser, choice_problems, range_
 from granalign_hf.training.problems import settle_fields
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo-scenes.yaml"
+ABOUT = (
+    "Trains a GranAlign model. What neither the recipe nor the command line names has the default below. Without a recipe "
+    f"that of the demo is taken, {DEFAULT_RECIPE.name}."
+)
 # Of those in Transformers the ones that need no further numbers and no metric.
 SCHEDULERS = (
     *("multistep", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
@@ -136,7 +140,7 @@ class RunArguments(DataArguments):
     )
     save_steps: int | None = setting(None, "Save a state after so many steps too, not only after each epoch.")
     total_limit: int = setting(1, "States that are kept, the last ones; the best checkpoint stays beside them.")
-    resume: bool = setting(False, "Go on from the last complete state in `output_dir`.")
+    resume: bool = setting(False, "Go on from the last complete state in `output_dir`; begin where there is none.")
     notes: list[str] = setting([], "Sentences for the card: what a reader of the figures must know.")
     data_notes: list[str] = setting([], "Sentences for the card about the data, its licence above all.")
 
@@ -188,7 +192,7 @@ def parse_arguments(
     path = Path(argv[0]) if has_recipe else DEFAULT_RECIPE
     overrides = argv[has_recipe:]
     given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")}
-    parser = SettingsParser((RunArguments, ModelArguments), description="Trains a GranAlign model.")
+    parser = SettingsParser((RunArguments, ModelArguments), description=ABOUT)
     recipe, problems = _read_recipe(path, parser)
     words = as_words(_without_replaced_model(recipe, given)) + overrides
     run, model, unknown = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
@@ -200,6 +204,7 @@ def parse_arguments(
     fields = {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
     fields, problems_of_fields = settle_fields(fields, recipe, given, run.checkpoint, where)
     problems += _source_problems(run, where) + _problems(run) + _stream_problems(run) + problems_of_fields
+    problems += _useless_problems(run, recipe, given)
     parser.refuse(problems + data_problems(run))
     return run, fields, shlex.join(["accelerate", "launch", "training/train.py", *argv])
 
@@ -273,8 +278,11 @@ def _problems(run: RunArguments) -> list[str]:
         problems.append(
             "freeze_encoders trains on stored features, which cannot change: set crop_scale 1 and caption_augmentation 0"
         )
-    if run.freeze_encoders and (run.lora_rank or run.layer_decay < 1):
-        problems.append("freeze_encoders leaves nothing in the encoders to train: set lora_rank 0 and layer_decay 1")
+    in_encoders = {"lora_rank": run.lora_rank > 0, "layer_decay": run.layer_decay < 1}
+    useless = [name for name, is_set in in_encoders.items() if run.freeze_encoders and is_set]
+    problems += [f"{name} has no effect: freeze_encoders leaves nothing in the encoders to train" for name in useless]
+    if run.micro_batch_size is not None and run.micro_batch_size > run.batch_size:
+        problems.append(f"micro_batch_size must not be above batch_size {run.batch_size}, got {run.micro_batch_size}")
     if run.lora_rank and find_spec("peft") is None:
         problems.append('lora_rank needs the Python package peft: pip install "granalign-hf[peft]"')
     if run.features_column is not None and (run.image_column is not None or run.image_folder is not None):
@@ -284,10 +292,30 @@ def _problems(run: RunArguments) -> list[str]:
     choices |= {"lora_encoders": LORA_ENCODERS}
     problems += choice_problems(run, choices)
     unknown = [name for name in run.report_to if name not in ("all", "none", *trackers)]
-    problems += [f"report_to must be one of all, none, {', '.join(trackers)}, got {name}" for name in unknown]
+    known = f"all, none, {', '.join(trackers)} (other trackers of Accelerate are not installed)"
+    problems += [f"report_to must be one of {known}, got {name}" for name in unknown]
     if len(run.report_to) > 1 and {"all", "none"} & {*run.report_to}:
         problems.append(f"report_to takes all and none alone, got {' '.join(run.report_to)}")
     return problems + [problem for name in ("vision_config", "text_config") for problem in _config_problems(run, name)]
+
+
+# Settings -> the one that decides whether they have an effect, and the value with which they have none.
+CONDITIONS = {
+    ("lora_alpha", "lora_encoders"): ("lora_rank", lambda rank: rank == 0),
+    ("shuffle_buffer",): ("streaming", lambda is_stream: not is_stream),
+    ("lr_milestones", "lr_gamma"): ("lr_scheduler", lambda scheduler: scheduler != "multistep"),
+    ("lr_warmup_share",): ("lr_scheduler", lambda scheduler: scheduler == "multistep"),
+}
+
+
+def _useless_problems(run: RunArguments, recipe: dict, given: set[str]) -> list[str]:
+    """Settings that nothing reads; those of a recipe may lose their effect by the command line."""
+    problems = []
+    for names, (decider, is_off) in CONDITIONS.items():
+        value = getattr(run, decider)
+        named = given if decider in given else given | {*recipe}
+        problems += [f"{name} has no effect: {decider} is {value}" for name in names if name in named and is_off(value)]
+    return problems
 
 
 def _stream_problems(run: RunArguments) -> list[str]:

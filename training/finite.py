@@ -27,7 +27,8 @@ def check_finite(training: Training, quantity: str, value: float, where: str, te
     figures = ", ".join(f"{name} {term:g}" for name, term in terms.items())
     raise FloatingPointError(
         f"The {quantity} is {value} at {where}: {figures}. The state of before this step is saved in "
-        f"{training.run.output_dir}. Images of the batch: {', '.join(names)}."
+        f"{training.run.output_dir}/state, but --resume would meet the same batch again: look at its images, or begin anew "
+        f"with a lower `learning_rate`. Images of the batch: {', '.join(names)}."
     )
 
 

@@ -63,7 +63,7 @@ class States:
         return _step(self.newest) if self.newest else 0
 
     def begin(self, settings: dict) -> dict:
-        """What is known of a new run. The states of an earlier one go: [`load`] would take them for this one's.
+        """What is known of a new run. The states of a finished one go: [`load`] would take them for this one's.
 
         Its `epoch` counts the finished epochs; `step` and `totals` are the finished steps of the next, and sums over them.
 
@@ -98,17 +98,18 @@ class States:
     def load(self, settings: dict) -> dict:
         """Goes back to the newest complete state, and returns what it says; half-written ones are removed.
 
+        Without one the run begins, so that a job which may be started again has one command.
+
         Args:
             settings: of the run (see [`run_settings`]).
 
         Raises:
-            ValueError: there is none, it belongs to a run of other settings, or it cannot be read.
+            ValueError: it belongs to a run of other settings, or cannot be read.
         """
-        complete = self._complete()
+        complete = _complete(self.folder)
         if not complete:
-            raise ValueError(
-                f"`resume` found no saved state in {self.folder}. Start without --resume, or name the right output_dir."
-            )
+            logger.info(f"There is no saved state in {self.folder}: the run begins.", main_process_only=True)
+            return self.begin(settings)
         newest = complete[-1]
         try:
             state = json.loads((newest / "progress.json").read_text())
@@ -129,16 +130,27 @@ class States:
         self.accelerator.wait_for_everyone()
         return state | {"settings": settings}
 
-    def _complete(self) -> list[Path]:
-        """The folders of the complete states, the newest last."""
-        return sorted((path.parent for path in self.folder.glob("step-*/progress.json")), key=_step)
-
     def _remove_old(self, newest: Path) -> None:
-        others = [folder for folder in self._complete() if folder != newest]
+        others = [folder for folder in _complete(self.folder) if folder != newest]
         kept = others[::-1][: self.total_limit - 1]
         for other in self.folder.iterdir():
             if other not in (newest, *kept):
                 shutil.rmtree(other)
+
+
+def refuse_to_replace(folder: Path) -> None:
+    """For a run that shall begin where another one has its states.
+
+    Raises:
+        ValueError: that one was stopped before its end.
+    """
+    for newest in _complete(folder)[-1:]:
+        state = json.loads((newest / "progress.json").read_text())
+        if state["epoch"] < state["settings"]["epochs"]:
+            raise ValueError(
+                f"{newest} holds a run that was stopped in epoch {state['epoch'] + 1} of {state['settings']['epochs']}, and "
+                "a new one would remove it. Go on with --resume, name another output_dir, or delete that folder."
+            )
 
 
 def run_settings(training: Training, fields: dict) -> dict:
@@ -216,6 +228,11 @@ def flush(folder: Path) -> None:
         if path.is_file():
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The folders of the complete states, the newest last."""
+    return sorted((path.parent for path in folder.glob("step-*/progress.json")), key=_step)
 
 
 def _step(folder: Path) -> int:

@@ -42,7 +42,7 @@ from granalign_hf.training.loaders import prepare, training_data, training_loade
 from granalign_hf.training.observing import epoch_means, log_step, log_validation, log_word_maps, start_trackers
 from granalign_hf.training.runtime import set_up_torch
 from granalign_hf.training.scoring import scored_split
-from granalign_hf.training.states import States, one_clear_error, run_settings
+from granalign_hf.training.states import States, one_clear_error, refuse_to_replace, run_settings
 from granalign_hf.training.streams import StreamedImages
 from granalign_hf.training.tables import data_problems
 from granalign_hf.training.throughput import Throughput, shown
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     Raises:
         SystemExit: a setting is wrong, or SIGTERM or Ctrl-C has ended the run, with 128 + the number of the signal.
+        ValueError: an unfinished run has its states in the output folder, or see [`set_up`] and [`States.load`].
         OSError: the output folder cannot be written.
     """
     started = time.perf_counter()
@@ -99,6 +100,8 @@ def main(argv: list[str] | None = None) -> dict:
     with one_clear_error("output folder", output):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
+    if not run.resume:
+        refuse_to_replace(output / "state")
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
         log_with=None if run.report_to == ["none"] else run.report_to,
@@ -177,9 +180,11 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         fields: of `GranAlignConfig`, as named in the recipe or on the command line.
 
     Raises:
-        ValueError: the data or the model cannot be had, there are fewer images than a batch needs, or DeepSpeed, which
-            updates the weights at every call of `backward`, shall take a batch in parts.
+        ValueError: the data or the model cannot be had, there are fewer images than a batch needs, a CPU shall compute in
+            fp16, or DeepSpeed, which updates the weights at every call of `backward`, shall take a batch in parts.
     """
+    if run.mixed_precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
+        raise ValueError("`mixed_precision` fp16 needs a GPU: Accelerate would compute in float32 here. Use bf16 or no.")
     if run.micro_batch_size is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("`micro_batch_size` does not work under DeepSpeed. Use FSDP, or leave it out.")
     # Data and model
