@@ -59,8 +59,11 @@ class CachedTokens:
         self.parts = split_batch(batch, num_parts(len(batch["image_ids"]), micro_batch_size, accelerator.device))
         self.random_state = get_random_state(accelerator.device)
         has_one_part = len(self.parts) == 1
+        statistics = [] if has_one_part else [buffer.clone() for buffer in encoder.buffers()]
         with torch.set_grad_enabled(has_one_part):
             encoded = [encoder(part) for part in self.parts]
+        for buffer, before in zip(encoder.buffers(), statistics, strict=False):
+            buffer.copy_(before)  # batch norm counts each part once, in the second pass
         self.with_graph = encoded[0] if has_one_part else None
         self.tokens = {
             name: (first if has_one_part else torch.cat([of_part[name] for of_part in encoded])).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import torch
@@ -54,10 +55,17 @@ def training_loader(
         generator=torch.Generator(),
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_run,
         persistent_workers=num_workers > 0,
         pin_memory=is_pinned,
         drop_last=True,
     )
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """What ends a run reaches its workers too; they must live until the step in progress is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def prepare(accelerator: Accelerator, model, optimizer, loader: DataLoader) -> tuple:

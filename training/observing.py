@@ -16,7 +16,7 @@ from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments
 from granalign_hf.training.data import CaptionedImages
 
-STEPS_BETWEEN_LOGS = 20
+UPDATES_BETWEEN_LOGS = 20
 NUM_WORD_MAPS = 4
 
 
@@ -33,14 +33,15 @@ def log_step(
     optimizer: torch.optim.Optimizer,
     sums: dict[str, list[float]],
     step: int,
+    update: int,
     values: dict[str, float],
     grad_norm: float | None,
     speed: dict[str, float],
 ) -> None:
-    """Adds a step to the sums of its epoch; every twentieth goes to the trackers. Before the rates change.
+    """Adds a step to the sums of its epoch; that of every twentieth update goes to the trackers. Before the rates change.
 
     Args:
-        sums: name -> [sum, number of steps], of the epoch so far; see [`epoch_means`]. step: of the run.
+        sums: name -> [sum, number of steps], of the epoch so far; see [`epoch_means`]. step, update: of the run.
         values: the loss and its terms. grad_norm: `None` for a step without an update; one that is not finite (half
             precision finds its scale that way) is logged, but does not count in the sums. speed: of
             the epoch so far; it is logged only.
@@ -51,7 +52,7 @@ def log_step(
     for name, value in (values | finite | rates).items():
         total, count = sums.get(name, (0.0, 0))
         sums[name] = [total + value, count + 1]
-    if step % STEPS_BETWEEN_LOGS == 0:
+    if grad_norm is not None and update % UPDATES_BETWEEN_LOGS == 0:
         logged = {f"train/{name}": value for name, value in (values | norms).items()}
         logged |= {f"speed/{name}": value for name, value in speed.items()}
         accelerator.log(logged | rates, step=step)
@@ -73,12 +74,9 @@ def log_validation(accelerator: Accelerator, metrics: dict[str, float], diagnost
 def log_word_maps(
     accelerator: Accelerator, model: GranAlignModel, processor: GranAlignProcessor, data: CaptionedImages, step: int
 ) -> None:
-    """Heat maps for the first caption of a few images of a split, the same ones each time, where a tracker takes pictures.
-
-    All processes draw, since a model that is shared between them computes in all of them; the main one logs.
-    """
+    """Heat maps for the first caption of a few images, the same ones each time, where a tracker takes pictures."""
     trackers = [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]
-    if not trackers or not data.has_pictures or not processor.tokenizer.is_fast:
+    if not accelerator.is_main_process or not trackers or not data.has_pictures or not processor.tokenizer.is_fast:
         return
     for number in np.unique(np.linspace(0, len(data) - 1, NUM_WORD_MAPS, dtype=int)).tolist():
         alignment = align(model, processor, data.image(number), data.captions[number][0])

@@ -123,7 +123,7 @@ class States:
         except Exception as error:
             raise _unreadable(newest) from error
         if self.accelerator.is_main_process:
-            for other in self.folder.iterdir():
+            for other in self.folder.glob("step-*"):
                 if other not in complete:
                     shutil.rmtree(other)
         self.newest = newest
@@ -133,7 +133,7 @@ class States:
     def _remove_old(self, newest: Path) -> None:
         others = [folder for folder in _complete(self.folder) if folder != newest]
         kept = others[::-1][: self.total_limit - 1]
-        for other in self.folder.iterdir():
+        for other in self.folder.glob("step-*"):
             if other not in (newest, *kept):
                 shutil.rmtree(other)
 

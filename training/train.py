@@ -34,7 +34,7 @@ from granalign_hf.training.checkpointing import keep_best
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.distributed import shared_loss
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
-from granalign_hf.training.finite import check_finite, may_overflow
+from granalign_hf.training.finite import Rollback, check_finite, may_overflow
 from granalign_hf.training.gradient_cache import CachedTokens, TokenEncoder
 from granalign_hf.training.interruption import Interruption
 from granalign_hf.training.leaks import save_training_images
@@ -261,29 +261,33 @@ def train_epoch(training: Training, state: dict) -> Iterator[None]:
         batches = skip_first_batches(batches, state["step"])  # of the order that the seed of the epoch decides on
     title, is_quiet = f"epoch {epoch + 1}/{run.epochs}", not accelerator.is_main_process
     bar = tqdm(batches, title, steps_per_epoch, initial=state["step"], disable=is_quiet)
+    sums, names, before = copy.deepcopy(state["totals"]), [], Rollback(model, accelerator.device)
     throughput = Throughput(accelerator.num_processes)
     for step, batch in enumerate(throughput.watch(bar), state["step"]):
         where, grad_norm = f"epoch {epoch + 1}, step {step + 1}", None
-        with accelerator.accumulate(model):
+        names += batch["image_names"]
+        with before, accelerator.accumulate(model):
             cached = CachedTokens(accelerator, model, batch, run.micro_batch_size)
             loss, values = shared_loss(training.plain_model, cached.tokens, batch, use_hard_negatives)
-            check_finite(training, "loss", values["loss"], where, values, batch)
+            check_finite("loss", values["loss"], where, values, names, run.output_dir)
             loss.backward()
             cached.backward()
             if accelerator.sync_gradients:
                 grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm))
                 if not may_overflow(accelerator):
-                    check_finite(training, "norm of the gradient", grad_norm, where, values, batch)
+                    check_finite("norm of the gradient", grad_norm, where, values, names, run.output_dir)
             figures = (values, grad_norm, throughput.rates())
-            log_step(accelerator, training.optimizer, state["totals"], num_steps(training, state), *figures)
+            now = state["epoch"] * steps_per_epoch + step
+            log_step(accelerator, training.optimizer, sums, now, now // run.gradient_accumulation_steps, *figures)
             training.optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 training.scheduler.step()
             training.optimizer.zero_grad()
         told = shown(throughput.rates(), training.images.num_corrupt)
         bar.set_postfix(loss=f"{values['loss']:.4f}", rsum=last_rsum(state), **told)
-        state["step"] = step + 1
         if accelerator.sync_gradients:  # a state has no gradients that wait for others
+            state |= {"step": step + 1, "totals": copy.deepcopy(sums)}
+            names, before = [], Rollback(model, accelerator.device)
             yield
     warn_if_stuck(epoch_means(state["totals"]), run, training.plain_model.config.margin, use_hard_negatives)
 

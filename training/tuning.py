@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -108,15 +107,12 @@ def adapted_layers(encoder: nn.Module) -> list[str]:
     return [name for name in linear if name.startswith((*attention,)) and "position_bias" not in name] or linear
 
 
-def merged_state(model: GranAlignModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def merged_state(model: GranAlignModel) -> dict[str, Tensor]:
     """The weights of a plain model: every adapter is added to the matrix that it stands beside, W + (alpha / rank) B A.
 
     The model itself stays as it is: adding to its weights and subtracting again would not give them back.
-
-    Args:
-        state: the whole state of `model`, where that is not at hand in one process.
     """
-    merged = dict(model.state_dict() if state is None else state)
+    merged = dict(model.state_dict())
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             down, up = (merged.pop(f"{name}.{part}.{_ADAPTER}.weight") for part in ("lora_A", "lora_B"))
