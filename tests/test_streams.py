@@ -6,8 +6,11 @@ import json
 from collections import Counter
 
 import pytest
+import torch
+from accelerate import Accelerator, skip_first_batches
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
+from safetensors.torch import load_file
 from tiny import TEXT, tiny_processor, tiny_tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoModel
@@ -15,6 +18,7 @@ from transformers import AutoModel
 from granalign_hf.training import train
 from granalign_hf.training.batches import Collator
 from granalign_hf.training.data import load_split
+from granalign_hf.training.loaders import prepare, training_loader
 from granalign_hf.training.pictures import UnreadableImageError
 from granalign_hf.training.streams import StreamedImages
 
@@ -111,6 +115,35 @@ def test_an_uneven_number_of_steps_is_shared_too(tmp_path):
     assert set(seen) == set(range(10)) and max(seen.values()) - min(seen.values()) <= 4
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_is_left_of_an_epoch_can_be_read_anew(tmp_path, num_workers):
+    """As a run does that goes on in the middle of an epoch; the next epoch follows as ever."""
+    name = write(tmp_path / "data", 2, 7)
+    settings = {"steps_per_epoch": 5, "num_workers": num_workers}
+
+    def prepared(stream):
+        batches = training_loader(stream, collated, stream.batch_size, num_workers, torch.Generator(), is_pinned=False)
+        weight = torch.nn.Linear(1, 1)
+        return prepare(Accelerator(cpu=True), weight, torch.optim.SGD(weight.parameters()), batches)[-1]
+
+    def epoch(stream, batches, number):
+        stream.epoch = number
+        return [batch["reds"].tolist() for batch in batches]
+
+    whole = images(name, **settings)
+    batches = prepared(whole)
+    expected = [epoch(whole, batches, number) for number in range(3)]
+    assert all(len(one) == 5 for one in expected)
+    again = images(name, **settings)
+    batches = prepared(again)
+    assert epoch(again, skip_first_batches(batches, 3), 1) == expected[1][3:]
+    assert epoch(again, batches, 2) == expected[2]
+
+
+def collated(items) -> dict[str, torch.Tensor]:
+    return {"reds": torch.tensor(numbers(items))}
+
+
 def test_items_are_those_of_a_table(tmp_path):
     """Drawn, cropped and numbered alike in every process, and equal ids are one image."""
     name = write(tmp_path / "data", 1, 6)
@@ -200,7 +233,7 @@ def test_what_is_no_stream_is_refused(tmp_path):
 
 
 def test_a_run_on_a_stream(tmp_path, capsys):
-    """The order does not depend on the workers; the record says that nobody counted, the card too; evaluation is as ever."""
+    """The record says that nobody counted, the card too; resumed, it ends with the same bits."""
     name = write(tmp_path / "data", 2, 8, broken=(5,))
     write(tmp_path / "data", 1, 6, split="validation")
     TEXT["bert"]().save_pretrained(tmp_path / "bert")
@@ -210,7 +243,8 @@ def test_a_run_on_a_stream(tmp_path, capsys):
     vision |= {"num_attention_heads": 2, "intermediate_size": 16}
     words = ["--dataset", name, "--streaming", "true", "--steps_per_epoch", "4", "--batch_size", "4", "--epochs", "2"]
     words += ["--text_encoder", str(tmp_path / "bert"), "--vision_config", json.dumps(vision), "--report_to", "none"]
-    words += ["--max_corrupt_share", "0.2", "--eval_interval", "2", "--num_workers", "1"]
+    words += ["--max_corrupt_share", "0.2", "--lr_scheduler", "constant", "--num_workers", "1"]
+    words += ["--eval_interval", "1"]
     state = train.main([*words, "--output_dir", str(tmp_path / "run")])
     assert [record["corrupt_images"] for record in state["history"]] == [1, 1]
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -218,5 +252,10 @@ def test_a_run_on_a_stream(tmp_path, capsys):
     card = (tmp_path / "run" / "README.md").read_text()
     assert "a stream of images, which was not counted. Images that could not be read were left out: 2." in card
     assert not (tmp_path / "run" / "training_images.npz").exists()
+    resumed = [*words, "--output_dir", str(tmp_path / "resumed")]
+    train.main([*resumed, "--epochs", "1"])
+    assert train.main([*resumed, "--resume"])["history"] == state["history"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "resumed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     shown = capsys.readouterr().err
     assert "pairs/s=" in shown and "waiting=" in shown and "corrupt=1" in shown
