@@ -1,6 +1,6 @@
 """The aligners: what each adds to patches and words, and how it scores every image with every caption.
 
-An aligner sees tokens, never pixels or captions. To add one: a class with the four members of [`Aligner`] and a line in
+An aligner sees tokens, never pixels or captions. To add one: a class with the five members of [`Aligner`] and a line in
 `ALIGNERS` (and in `POOLINGS` of the config). A field that its `describe_image` adds stands in `outputs.py` too, and in
 `IMAGE_FIELDS` of the evaluation; a parameter outside of the layers of torch needs a line in `_init_weights` of the model.
 Parameters act in `describe_image` and `describe_text` only: training scores the tokens of several processes outside of the
@@ -15,6 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .attention import cross_attention, patch_slimming
+from .contributions import (
+    Part,
+    attention_parts,
+    hard_alignment_parts,
+    pooled_parts,
+    region_parts,
+    slimming_parts,
+    token_parts,
+)
 from .losses import gaussian_kl, reconstruction_loss, region_entropy
 from .regions import RegionMixture
 from .saliency import SaliencyAdapter
@@ -40,6 +49,13 @@ class Aligner(nn.Module):
 
     def similarities(self, image, text) -> Tensor:
         """Scores of every image with every caption, (levels, B, C), float32."""
+        raise NotImplementedError
+
+    def contributions(self, image, text) -> list[Part]:
+        """Shares of words and patches that add up to the weighted score of one image and one caption at inference.
+
+        `image` and `text` have the fields of one row without padding, (Lv, d) and (Lt, d) tokens.
+        """
         raise NotImplementedError
 
     def regularisers(self, image) -> dict[str, tuple[float, Tensor]]:
@@ -85,6 +101,18 @@ class GRM(Aligner):
             region_embeds=image.region_embeds,
         )
 
+    def contributions(self, image, text) -> list[Part]:
+        original, key, uncertain = self.level_weights
+        products = text.word_embeds @ image.patch_embeds.T
+        salient_words = text.word_embeds * text.word_saliency[:, None]
+        key_products = products * text.word_saliency[:, None] * image.patch_saliency
+        region_products = salient_words @ image.region_embeds.T
+        return [
+            *token_parts(products, "original", original),
+            *token_parts(key_products, "key", key),
+            *region_parts(region_products, key_products, image.region_assignment, "uncertain", uncertain),
+        ]
+
     def regularisers(self, image) -> dict[str, tuple[float, Tensor]]:
         salient_patches = _zero_padding(image.patch_embeds, image.patch_mask) * image.patch_saliency[..., None]
         values = {
@@ -102,6 +130,9 @@ class MaxMean(Aligner):
     def similarities(self, image, text) -> Tensor:
         return level_similarities(image.patch_embeds, text.word_embeds, text.word_mask, patch_mask=image.patch_mask)
 
+    def contributions(self, image, text) -> list[Part]:
+        return token_parts(text.word_embeds @ image.patch_embeds.T, "original", 1.0)
+
 
 class CHAN(Aligner):
     """Hard alignment (Pan, Wu, Zhang; CVPR 2023): only the best patch of each word counts."""
@@ -115,6 +146,9 @@ class CHAN(Aligner):
             image.patch_embeds, text.word_embeds, text.word_mask, patch_mask=image.patch_mask, pooling=self.pooling
         )[None]
 
+    def contributions(self, image, text) -> list[Part]:
+        return hard_alignment_parts(text.word_embeds @ image.patch_embeds.T, self.pooling)
+
 
 class SCAN(Aligner):
     """Stacked cross-attention (Lee et al., ECCV 2018): each token against what it attends to on the other side."""
@@ -127,6 +161,9 @@ class SCAN(Aligner):
         tokens = (image.patch_embeds, text.word_embeds, text.word_mask)
         scores = [cross_attention(*tokens, patch_mask=image.patch_mask, direction=d) for d in self.directions]
         return torch.stack(scores).mean(0, keepdim=True)
+
+    def contributions(self, image, text) -> list[Part]:
+        return attention_parts(image.patch_embeds, text.word_embeds, self.directions)
 
 
 class LAPS(Aligner):
@@ -160,6 +197,9 @@ class LAPS(Aligner):
             keep_share=self.keep_share,
         )[None]
 
+    def contributions(self, image, text) -> list[Part]:
+        return slimming_parts(image.patch_embeds, text.word_embeds, image.patch_logits, self.keep_share)
+
 
 class VSE(Aligner):
     """VSE++ (BMVC 2018): tokens pooled to one vector a side, and their cosine."""
@@ -173,6 +213,9 @@ class VSE(Aligner):
         pooled_text = _pool(text.word_embeds, text.word_mask, self.pooling)
         with torch.autocast(pooled_image.device.type, enabled=False):
             return (pooled_image @ pooled_text.T)[None]
+
+    def contributions(self, image, text) -> list[Part]:
+        return pooled_parts(image.patch_embeds, text.word_embeds, self.pooling)
 
 
 def _zero_padding(tokens: Tensor, mask: Tensor) -> Tensor:

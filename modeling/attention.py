@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .pairwise import score_all_pairs
 from .tiles import Tile, Tokens, check_tokens
 
+WORD_INVERSE_TEMPERATURE, PATCH_INVERSE_TEMPERATURE = 9.0, 4.0  # SCAN's own, of words and of patches that attend
+
 
 def cross_attention(
     patch_embeds: Tensor,
@@ -83,21 +85,30 @@ def patch_slimming(
         raise ValueError(f"`keep_share` must lie in (0, 1], got {keep_share}.")
     tokens = Tokens(patch_embeds, word_embeds, patch_logits=patch_logits)
     check_tokens(tokens, word_mask, patch_mask)
-    rule = functools.partial(_selected_patches, keep_share=Fraction(keep_share).limit_denominator(10**6))
+    rule = functools.partial(_selected_patches, keep_share=keep_share)
     return score_all_pairs(rule, tokens, word_mask, patch_mask, memory_budget)[0]
 
 
-def _words_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
+def word_attention(tile: Tile, inverse_temperature: float = WORD_INVERSE_TEMPERATURE) -> tuple[Tensor, Tensor]:
+    """Words attend over patches: the cosine of a word and its context is the sum over patches of terms, times a scale.
+
+    Returns:
+        The terms (W, i, v) and the scale (W, i).
+    """
     products, words, patches = _at_least_float32(tile.products, tile.word_embeds, tile.patch_embeds)
     attention = nn.functional.leaky_relu(products, 0.1) * (tile.word_weights[..., None] > 0)
     attention = attention / tile.to_words(_norm(tile.over_words(torch.sum, attention.square())))
     attention = (inverse_temperature * attention).masked_fill(tile.patch_weights == 0, -torch.inf).softmax(2)
     context_squares = _squared_lengths(attention.transpose(0, 1), patches).T
-    cosines = _cosine((attention * products).sum(2), words.square().sum(1)[:, None] * context_squares)
-    return [tile.over_words(torch.sum, cosines * tile.word_weights)]
+    return attention * products, _inverse_root(words.square().sum(1)[:, None] * context_squares)
 
 
-def _patches_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
+def patch_attention(tile: Tile, inverse_temperature: float = PATCH_INVERSE_TEMPERATURE) -> tuple[Tensor, Tensor]:
+    """Patches attend over words: the cosine of a patch and its context is the sum over words of terms, times a scale.
+
+    Returns:
+        The terms (W, i, v) and the scale (c, i, v).
+    """
     products, words, patches = _at_least_float32(tile.products, tile.word_embeds, tile.patch_embeds)
     attention = nn.functional.leaky_relu(products, 0.1) * (tile.patch_weights > 0)
     attention = attention / _norm(attention.square().sum(2, keepdim=True))
@@ -108,22 +119,46 @@ def _patches_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
         for of_words, a in zip(tile.by_length(words), tile.by_length(attention), strict=True)
     ]
     context_squares = torch.cat([(g * a).sum(1) for g, a in zip(attended, tile.by_length(attention), strict=True)])
-    cosines = _cosine(tile.over_words(torch.sum, attention * products), patches.square().sum(2) * context_squares)
-    return [(cosines * tile.patch_weights).sum(2)]
+    return attention * products, _inverse_root(patches.square().sum(2) * context_squares)
 
 
-def _selected_patches(tile: Tile, keep_share: Fraction) -> list[Tensor]:
+def selected_tokens(tile: Tile, keep_share: float) -> tuple[Tensor, Tensor]:
+    """The m + 1 tokens that LAPS makes of the patches for each caption, see [`patch_slimming`].
+
+    Returns:
+        The weights of the patches in each token (i, c, m + 1, v), and 1 / length of each token (i, c, m + 1), 0 for a token
+        that is 0.
+    """
     assert tile.patch_logits is not None
-    products, patches, logits = _at_least_float32(tile.products, tile.patch_embeds, tile.patch_logits)
-    is_kept, weights_of_rest = _select(tile, keep_share)
+    patches, logits = _at_least_float32(tile.patch_embeds, tile.patch_logits)
+    is_kept, weights_of_rest = _select(tile, Fraction(keep_share).limit_denominator(10**6))
     weights = logits.mT[:, None].masked_fill(~is_kept[:, :, None], -torch.inf).softmax(3)  # (i, c, m, v)
     weights = torch.cat([weights, weights_of_rest[:, :, None]], dim=2)
     squares = _squared_lengths(weights.flatten(1, 2), patches).unflatten(1, weights.shape[1:3])
+    return weights, _inverse_root(squares)
+
+
+def _words_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
+    terms, scale = word_attention(tile, inverse_temperature)
+    return [tile.over_words(torch.sum, terms.sum(2) * scale * tile.word_weights)]
+
+
+def _patches_attend(tile: Tile, inverse_temperature: float) -> list[Tensor]:
+    terms, scale = patch_attention(tile, inverse_temperature)
+    return [(tile.over_words(torch.sum, terms) * scale * tile.patch_weights).sum(2)]
+
+
+def _selected_patches(tile: Tile, keep_share: float) -> list[Tensor]:
+    (products,) = _at_least_float32(tile.products)
+    weights, inverse_lengths = selected_tokens(tile, keep_share)
     by_group = zip(
-        tile.by_length(products), tile.by_group(weights.transpose(0, 1)), tile.by_group(squares.transpose(0, 1)), strict=True
+        tile.by_length(products),
+        tile.by_group(weights.transpose(0, 1)),
+        tile.by_group(inverse_lengths.transpose(0, 1)),
+        strict=True,
     )
     cosines = [  # (n, i, L, m + 1) -> (n L, i, m + 1)
-        _cosine(p.transpose(1, 2) @ w.mT, s[:, :, None]).transpose(1, 2).flatten(0, 1) for p, w, s in by_group
+        ((p.transpose(1, 2) @ w.mT) * r[:, :, None]).transpose(1, 2).flatten(0, 1) for p, w, r in by_group
     ]
     return [tile.max_mean(torch.cat(cosines), 1 / weights.shape[2])]
 
@@ -166,10 +201,13 @@ def _norm(squares: Tensor) -> Tensor:
     return squares.masked_fill(squares == 0, 1).sqrt()
 
 
-def _cosine(overlaps: Tensor, squares: Tensor) -> Tensor:
-    """Inner products over the root of the product of both squared lengths; 0 where a length is 0."""
+def _inverse_root(squares: Tensor) -> Tensor:
+    """1 over the square root; 0 for 0, so that a zero vector has no direction and no gradient."""
     is_zero = squares <= 0
-    return (overlaps * squares.masked_fill(is_zero, 1).rsqrt()).masked_fill(is_zero, 0)
+    return squares.masked_fill(is_zero, 1).rsqrt().masked_fill(is_zero, 0)
 
 
-_CROSS_ATTENTION = {"t2i": (_words_attend, 9.0), "i2t": (_patches_attend, 4.0)}
+_CROSS_ATTENTION = {
+    "t2i": (_words_attend, WORD_INVERSE_TEMPERATURE),
+    "i2t": (_patches_attend, PATCH_INVERSE_TEMPERATURE),
+}

@@ -40,6 +40,12 @@ def check_tensor(name: str, value: Tensor, shape: str) -> None:
         )
 
 
+def check_index(name: str, index: int, length: int) -> None:
+    """Raises ValueError unless `index` is one of `length` rows; negative ones count from the end."""
+    if not -length <= index < length:
+        raise ValueError(f"`{name}` must lie below {length}, the number of rows of the features, got {index}.")
+
+
 def check_captions(text_config: PreTrainedConfig, input_ids: Tensor, attention_mask: Tensor | None) -> None:
     """Raises ValueError unless the ids, and the mask if given, are (C, Lt) tensors no longer than the encoder takes."""
     check_tensor("input_ids", input_ids, "(C, Lt)")

@@ -147,6 +147,16 @@ def patch_tokens(
     return tokens, (grid.shape[2], grid.shape[3])
 
 
+def mask_of_words(config: PreTrainedConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(C, Lt) bool: the tokens of captions that take part in the score, by the config of the whole model."""
+    is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if config.use_special_tokens:
+        return is_token
+    special = torch.tensor(config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
+    is_word = is_token & ~torch.isin(input_ids, special)
+    return torch.where(is_word.any(1, keepdim=True), is_word, is_token)
+
+
 def _config_image_size(config: PreTrainedConfig) -> tuple[int, int]:
     size = config.image_size
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -242,6 +252,11 @@ def reduce_to_tokens(encoder: PreTrainedModel) -> None:
             owner = encoder.get_submodule(path)
             delattr(owner, leaf)
             owner.register_buffer(leaf, parameter.detach())
+
+
+def accepts_argument(encoder: PreTrainedModel, name: str) -> bool:
+    """Whether the `forward` of the encoder has an argument of this name."""
+    return name in inspect.signature(encoder.forward).parameters
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:

@@ -1,6 +1,5 @@
 """GranAlign model: encoders -> projected tokens -> aligner -> scores and loss. Wiring only."""
 
-import inspect
 import math
 import os
 
@@ -15,18 +14,21 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from .aligners import ALIGNERS, LAPS
 from .checks import check_captions, check_encoder, check_fields, check_tensor, positive_pairs
 from .configuration_granalign import GranAlignConfig
+from .contributions import PairShares, one_row, pair_parts
 from .encoders import (
+    accepts_argument,
     build_encoder,
     check_image_size,
     feature_size,
     load_encoder,
+    mask_of_words,
     patch_tokens,
     reduce_to_tokens,
     tokenizer_special_ids,
 )
 from .losses import contrastive_hinge
 from .outputs import GranAlignImageOutput, GranAlignOutput, GranAlignTextOutput
-from .projection import make_projection
+from .projection import make_projection, unit_length
 from .regions import RegionMixture
 
 logger = logging.get_logger(__name__)
@@ -154,7 +156,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
             check_tensor("pixel_values", pixel_values, "(B, channels, height, width)")
             if pixel_values.is_floating_point():  # processors return float32, whatever the model's dtype
                 pixel_values = pixel_values.to(self.vision_model.dtype)
-            if interpolate_pos_encoding and _accepts(self.vision_model, "interpolate_pos_encoding"):
+            if interpolate_pos_encoding and accepts_argument(self.vision_model, "interpolate_pos_encoding"):
                 kwargs["interpolate_pos_encoding"] = True
             elif not interpolate_pos_encoding:
                 check_image_size(self.config.vision_config, pixel_values)
@@ -162,7 +164,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
         if pixel_values is not None:
             image_size = (pixel_values.shape[2], pixel_values.shape[3])
         hidden, spatial_shape = patch_tokens(vision_model_output.last_hidden_state, self.config, image_size)
-        patch_embeds = _unit_length(self.patch_projection(hidden))
+        patch_embeds = unit_length(self.patch_projection(hidden))
         patch_mask = torch.ones(patch_embeds.shape[:2], dtype=torch.bool, device=patch_embeds.device)
         if self.training and self.config.patch_dropout > 0:
             patch_mask = torch.rand(patch_mask.shape, device=patch_mask.device) >= self.config.patch_dropout
@@ -208,8 +210,8 @@ class GranAlignModel(GranAlignPreTrainedModel):
             text_model_output = self.text_model(
                 input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
             )
-        word_embeds = _unit_length(self.word_projection(text_model_output.last_hidden_state))
-        word_mask = self._word_mask(input_ids, attention_mask)
+        word_embeds = unit_length(self.word_projection(text_model_output.last_hidden_state))
+        word_mask = mask_of_words(self.config, input_ids, attention_mask)
         num_words = word_mask.sum(1, keepdim=True).clamp(min=1)
         return GranAlignTextOutput(
             last_hidden_state=text_model_output.last_hidden_state,
@@ -220,15 +222,6 @@ class GranAlignModel(GranAlignPreTrainedModel):
             word_mask=word_mask,
             **self.aligner.describe_text(word_embeds, word_mask),
         )
-
-    def _word_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(C, Lt) bool: the tokens that take part in the score."""
-        is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if self.config.use_special_tokens:
-            return is_token
-        special = torch.tensor(self.config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
-        is_word = is_token & ~torch.isin(input_ids, special)
-        return torch.where(is_word.any(1, keepdim=True), is_word, is_token)
 
     def similarities(self, image: GranAlignImageOutput, text: GranAlignTextOutput) -> Tensor:
         """Scores of every image with every caption at each level of the aligner, (levels, B, C), float32."""
@@ -241,6 +234,26 @@ class GranAlignModel(GranAlignPreTrainedModel):
     def _weigh_levels(self, levels: Tensor) -> Tensor:
         # No matrix product: autocast would round the scores to half precision.
         return sum(weight * scores for weight, scores in zip(self.aligner.level_weights, levels, strict=True))
+
+    @torch.no_grad()
+    def explain(
+        self,
+        image: GranAlignImageOutput | GranAlignOutput,
+        text: GranAlignTextOutput | GranAlignOutput,
+        image_index: int = 0,
+        caption_index: int = 0,
+    ) -> PairShares:
+        """The score of one image and one caption as shares of words and patches that add up to it.
+
+        Args: features of images and of captions, or an output of the model as both, and the rows of the two.
+
+        Raises:
+            ValueError: the model is in training mode, or an index is out of range.
+        """
+        if self.training:
+            raise ValueError("The model is in training mode, where scores are drawn at random. Call `model.eval()` first.")
+        pair = one_row(image, "patch", image_index), one_row(text, "word", caption_index)
+        return PairShares(self.score(*pair).item(), pair_parts(self.aligner, *pair))
 
     def compute_loss(
         self, image: GranAlignImageOutput, levels: Tensor, positives: Tensor, use_hard_negatives: bool = True
@@ -371,18 +384,8 @@ class GranAlignModel(GranAlignPreTrainedModel):
         return model
 
 
-def _unit_length(tokens: Tensor) -> Tensor:
-    """Tokens of length 1, at least float32: half precision is too coarse for maxima and rankings. Zero stays zero."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        return nn.functional.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
-
-
 def _encoder_output(features: GranAlignImageOutput | GranAlignTextOutput) -> BaseModelOutput:
     return BaseModelOutput(features.last_hidden_state, features.hidden_states, features.attentions)
-
-
-def _accepts(module: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(module.forward).parameters
 
 
 __all__ = [

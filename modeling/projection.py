@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,3 +28,9 @@ class ProjectionMLP(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return self.linear(tokens) + self.correction(nn.functional.gelu(self.hidden(self.norm(tokens))))
+
+
+def unit_length(tokens: Tensor) -> Tensor:
+    """Tokens of length 1, at least float32: half precision is too coarse for maxima and rankings. Zero stays zero."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        return nn.functional.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)

@@ -15,6 +15,7 @@ from .pairwise import score_all_pairs
 from .tiles import Rule, Tile, Tokens, check_tokens
 
 PAPER_LEVEL_WEIGHTS = (0.4, 0.4, 0.2)
+HARD_ALIGNMENT_TEMPERATURE = 0.1  # CHAN's own, of its logsumexp
 
 
 def token_similarity(
@@ -113,7 +114,7 @@ def hard_alignment(
     *,
     patch_mask: Tensor | None = None,
     pooling: str = "mean",
-    temperature: float = 0.1,
+    temperature: float = HARD_ALIGNMENT_TEMPERATURE,
     memory_budget: int | None = None,
 ) -> Tensor:
     """CHAN's hard alignment (CVPR 2023): only the best patch of each word counts, then the words are pooled.
