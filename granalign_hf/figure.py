@@ -1,96 +1,46 @@
 # Copyright 2026 The granalign authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of an alignment: heat maps over the photograph, and a figure with one map for each content word."""
+"""Figures: heat maps of the words of a caption, a score taken apart, and why one pair ranks above another."""
 
 from __future__ import annotations
 
-import math
 import os
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from .explanation import AlignedWord, Alignment, Box
-
-# Cold to hot, at equal steps; cold is white, so that paper and picture show through.
-_HEAT_COLOURS = np.array(
-    [(255, 255, 255), (255, 237, 170), (254, 196, 90), (246, 130, 46), (214, 48, 49), (128, 10, 62)], dtype=np.float64
+from .alignment import AlignedWord, Alignment
+from .explanation import Comparison, Contribution, Explanation, Region
+from .overlays import colour_scale, overlay, region_colour, region_overlay, saliency_overlay, write_overlays
+from .panels import (
+    FAINT,
+    GAP,
+    INK,
+    LINE,
+    LINE_HEIGHT,
+    MARGIN,
+    Layout,
+    Sheet,
+    draw_bar,
+    draw_panel,
+    enlarge,
+    mark_box,
+    zoom_box,
 )
-_PICTURE_CONTRAST = 0.4  # the picture below the heat is pale and grey: colour means heat and nothing else
-_UNSEEN_CONTRAST = 0.15
 
-
-def colour_scale(maps: Sequence[Tensor]) -> tuple[float, float]:
-    """The (lowest, highest) score of one colour scale for several maps.
-
-    Scores below 0 speak against a word and are as cold as 0, unless no map has any above.
-    """
-    low, high = min(float(word_map.min()) for word_map in maps), max(float(word_map.max()) for word_map in maps)
-    return (max(low, 0.0), high) if high > 0 else (low, high)
-
-
-def overlay(
-    image: Image.Image, word_map: Tensor, *, scale: tuple[float, float] | None = None, area: Box | None = None
-) -> Image.Image:
-    """A heat map over the pale, grey picture.
-
-    The map is enlarged bilinearly, for display only: the centre of each patch has the patch's own colour.
-
-    Args:
-        image: the picture in its original proportions. word_map: (rows, columns).
-        scale: scores that are white and dark red, to be shared by pictures that are compared. `None`: that of
-            [`colour_scale`] for this map alone.
-        area: the part of the picture that the map covers (`Alignment.area`). `None`: all of it. The rest fades.
-
-    Returns:
-        An RGB picture of the size of `image`.
-
-    Raises:
-        ValueError: the map is not a finite matrix, or the scale or the area ends before it begins.
-    """
-    if word_map.ndim != 2 or word_map.numel() == 0 or not bool(torch.isfinite(word_map).all()):
-        raise ValueError(
-            f"`word_map` must be finite and of shape (rows, columns), got {tuple(word_map.shape)} with values from "
-            f"{word_map.min() if word_map.numel() else None} to {word_map.max() if word_map.numel() else None}."
-        )
-    low, high = colour_scale([word_map]) if scale is None else scale
-    x0, y0, x1, y1 = (0.0, 0.0, *map(float, image.size)) if area is None else area
-    if low > high or x0 >= x1 or y0 >= y1:
-        raise ValueError(f"`scale` and `area` must be ascending, got {(low, high)} and {(x0, y0, x1, y1)}.")
-    x = (torch.arange(image.width) + 0.5 - x0) / (x1 - x0) * 2 - 1
-    y = (torch.arange(image.height) + 0.5 - y0) / (y1 - y0) * 2 - 1
-    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-    heat = torch.nn.functional.grid_sample(
-        word_map.detach().float().cpu()[None, None], points[None], padding_mode="border", align_corners=False
-    )[0, 0]
-    is_seen = (points.abs() <= 1).all(-1).numpy()
-    position = (heat.numpy() - low) / (high - low) if high > low else np.zeros(heat.shape)
-    colours = np.where(is_seen[..., None], _heat_colours(position), 255.0)
-    paper = 1 - np.where(is_seen, _PICTURE_CONTRAST, _UNSEEN_CONTRAST) * _darkness(image)
-    return Image.fromarray((colours * paper[..., None]).round().astype(np.uint8))
-
-
-def _darkness(image: Image.Image) -> np.ndarray:
-    """(height, width) in 0..1. Half of it is the darkest channel: in luminance alone, yellow would vanish on white."""
-    luminance = np.asarray(image.convert("L"), dtype=np.float64)
-    return 1 - (luminance + np.asarray(image.convert("RGB")).min(axis=-1)) / (2 * 255)
-
-
-def _heat_colours(position: np.ndarray) -> np.ndarray:
-    """Positions in 0..1 (clipped) -> RGB in 0..255, one axis more."""
-    steps = np.linspace(0, 1, len(_HEAT_COLOURS))
-    return np.stack([np.interp(position, steps, channel) for channel in _HEAT_COLOURS.T], axis=-1)
-
-
-_DPI = 160
-_PANEL_SIDE, _MIN_CELL_WIDTH, _MIN_BAR_HEIGHT = 2.1, 1.8, 1.0  # inches, as all lengths here; the panel's longest side
-_GAP, _MARGIN, _TITLE_HEIGHT, _LINE_HEIGHT = 0.14, 0.18, 0.28, 0.23
-_BAR_GAP, _BAR_WIDTH, _BAR_LABELS = 0.16, 0.11, 0.62
-_INK, _FAINT, _LINE = "#1f2328", "#6e7781", "#d0d7de"
+_CHART_HEIGHT = 1.35  # inches, of the bars
+_ENTRY_HEIGHT = 0.3  # of a region's two lines
+_DIFFERENCE_HEIGHT = 0.2
+_FIRST, _SECOND = "#2f6db5", "#d9822b"
+_SHARE_COLOURS = {
+    "word → patch": "#2f6db5",
+    "patch → word": "#9fc3ea",
+    "word → region": "#5f8f3e",
+    "region → word": "#bcdba3",
+    "word and patch": "#2f6db5",
+    "class token": "#9aa1a9",
+}
 
 
 def figure(
@@ -110,131 +60,236 @@ def figure(
         ValueError: there is no word to show.
         ImportError: matplotlib is not installed.
     """
+    return _draw_figure(alignment, _words_to_show(alignment, words)).picture(path)
+
+
+def explanation_figure(
+    explanation: Explanation, path: str | os.PathLike | None = None, *, words: Sequence[AlignedWord] | None = None
+) -> Image.Image:
+    """A score taken apart: where it lies in the picture, as a whole and by word, and what each word contributes.
+
+    For GRM the saliency of the patches and the regions too: which patches each owns, and of the heaviest its number, its
+    weight, its share of the score, its mean variance, and the words nearest to it. A thin frame marks the largest share of
+    a word. Bars show all words and special tokens.
+
+    Args, returns and errors as in [`figure`].
+    """
+    return _draw_explanation(explanation, _words_to_show(explanation, words)).picture(path)
+
+
+def comparison_figure(comparison: Comparison, path: str | os.PathLike | None = None, *, num_words: int = 12) -> Image.Image:
+    """Why one pair ranks above another: where either score lies, on one scale, and the words that differ most.
+
+    Args:
+        num_words: how many words, at most. The others are summed up in one bar.
+
+    Returns and errors as in [`figure`].
+    """
+    return _draw_comparison(comparison, num_words).picture(path)
+
+
+def _words_to_show(alignment: Alignment, words: Sequence[AlignedWord] | None) -> list[AlignedWord]:
     words = alignment.content_words if words is None else list(words)
     if not words:
         raise ValueError(
             f"The caption {alignment.caption!r} has no content word to show. Pass `words=alignment.words` to show all."
         )
-    canvas = _draw_figure(alignment, words)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    if path is not None:
-        picture.save(path, format="PNG", dpi=(_DPI, _DPI))
-    return picture
+    return words
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where things stand, in inches from the top left corner; a place is (left, top, width, height)."""
-
-    panel_width: float
-    panel_height: float
-    columns: int
-    rows: int
-    caption_lines: list[str]
-
-    @classmethod
-    def of(cls, image_size: tuple[int, int], num_panels: int, caption: str) -> _Layout:
-        longest = max(image_size)
-        # Whole pixels, and at least one, so that panels are drawn pixel by pixel.
-        width, height = (max(1, round(_PANEL_SIDE * _DPI * side / longest)) / _DPI for side in image_size)
-        # Up to five columns: those that leave the fewest places empty.
-        columns = num_panels if num_panels <= 5 else min((4, 5, 3), key=lambda number: -num_panels % number)
-        line_length = int(11 * (columns * max(width, _MIN_CELL_WIDTH) + _BAR_GAP + _BAR_LABELS))  # characters an inch
-        return cls(width, height, columns, math.ceil(num_panels / columns), textwrap.wrap(caption, line_length))
-
-    @property
-    def cell_width(self) -> float:
-        return max(self.panel_width, _MIN_CELL_WIDTH)
-
-    @property
-    def grid_top(self) -> float:
-        return _MARGIN + len(self.caption_lines) * _LINE_HEIGHT + 0.06 + _TITLE_HEIGHT
-
-    def panel(self, position: int) -> tuple[float, float, float, float]:
-        row, column = divmod(position, self.columns)
-        top = self.grid_top + row * (self.panel_height + _GAP + _TITLE_HEIGHT)
-        return _MARGIN + column * (self.cell_width + _GAP), top, self.panel_width, self.panel_height
-
-    @property
-    def bar(self) -> tuple[float, float, float, float]:
-        left = _MARGIN + self.columns * (self.cell_width + _GAP) - _GAP + _BAR_GAP
-        _, top, _, height = self.panel(self.columns * self.rows - 1)
-        return left, self.grid_top, _BAR_WIDTH, max(top + height - self.grid_top, _MIN_BAR_HEIGHT)
-
-    @property
-    def sheet(self) -> tuple[float, float]:
-        left, top, width, height = self.bar
-        return left + width + _BAR_LABELS, top + height + _MARGIN
-
-
-def _draw_figure(alignment: Alignment, words: Sequence[AlignedWord]):
-    """The figure on a canvas of its own: pyplot and its global state stay untouched."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Figures need matplotlib: `pip install "granalign-hf[train]"`.') from error
-    layout = _Layout.of(alignment.image.size, 1 + len(words), alignment.caption)
-    width, height = layout.sheet
-    canvas = FigureCanvasAgg(Figure(figsize=(width, height), dpi=_DPI, facecolor="white"))
-
-    def add_axes(place: tuple[float, float, float, float]):
-        left, top, w, h = place
-        return canvas.figure.add_axes((left / width, 1 - (top + h) / height, w / width, h / height))
-
-    style: dict = {"va": "top", "fontsize": 12, "linespacing": 1.25, "color": _INK, "parse_math": False}
-    canvas.figure.text(_MARGIN / width, 1 - _MARGIN / height, "\n".join(layout.caption_lines), **style)
-    picture, zoom = _enlarge(alignment.image, layout)
+def _draw_figure(alignment: Alignment, words: Sequence[AlignedWord]) -> Sheet:
+    layout = Layout.of(alignment.image.size, 1 + len(words), alignment.caption)
+    sheet = Sheet(*layout.size)
+    sheet.text(MARGIN, MARGIN, layout.caption_lines)
+    picture, zoom = enlarge(alignment.image, layout)
     scale = colour_scale([word.map for word in words])
-    _draw_panel(add_axes(layout.panel(0)), picture, "picture", f"score {alignment.score:.2f}", layout.cell_width)
+    draw_panel(sheet.axes(layout.panel(0)), picture, "picture", f"score {alignment.score:.2f}", layout.cell_width)
     for position, word in enumerate(words, start=1):
-        axes = add_axes(layout.panel(position))
-        heat = overlay(picture, word.map, scale=scale, area=_zoom_box(alignment.area, zoom))
+        axes = sheet.axes(layout.panel(position))
+        heat = overlay(picture, word.map, scale=scale, area=zoom_box(alignment.area, zoom))
         note = "" if word.saliency is None else f"saliency {word.saliency:.2f}"
-        _draw_panel(axes, heat, word.text, note, layout.cell_width)
-        _mark_box(axes, _zoom_box(word.box, zoom))
-    _draw_bar(add_axes(layout.bar), scale)
-    return canvas
+        draw_panel(axes, heat, word.text, note, layout.cell_width)
+        mark_box(axes, zoom_box(word.box, zoom))
+    draw_bar(sheet.axes(layout.bar), scale, "patch score")
+    return sheet
 
 
-def _enlarge(image: Image.Image, layout: _Layout) -> tuple[Image.Image, tuple[float, float]]:
-    """The picture at the size of a panel, and by how much it grew in width and height."""
-    size = round(layout.panel_width * _DPI), round(layout.panel_height * _DPI)
-    return image.resize(size, Image.Resampling.BICUBIC), (size[0] / image.width, size[1] / image.height)
+def _draw_explanation(explanation: Explanation, words: Sequence[AlignedWord]) -> Sheet:
+    num_overview = 2 + (explanation.patch_saliency is not None) + 2 * bool(explanation.regions)
+    columns = max(num_overview, min(5, len(words)))
+    first_word = columns  # the words begin a row of their own
+    layout = Layout.of(explanation.image.size, first_word + len(words), explanation.caption, columns)
+    width, height = layout.size
+    # The words below the bars are turned: a letter takes about 0.045 inches of the height.
+    labels = 0.25 + 0.045 * max(len(word.text) for word in explanation.tokens)
+    sheet = Sheet(width, height + GAP + _CHART_HEIGHT + labels)
+    sheet.text(MARGIN, MARGIN, layout.caption_lines)
+    _draw_overview(sheet, layout, explanation)
+    picture, zoom = enlarge(explanation.image, layout)
+    area, shares = zoom_box(explanation.area, zoom), dict(explanation.word_shares)
+    maps = {word: explanation.share_maps[explanation.tokens.index(word)] for word in words}
+    scale = colour_scale(list(maps.values()))
+    for position, word in enumerate(words, start=first_word):
+        axes = sheet.axes(layout.panel(position))
+        heat = overlay(picture, maps[word], scale=scale, area=area)
+        draw_panel(axes, heat, word.text, _signed(shares[word]), layout.cell_width)
+        patches = explanation.top_places(word, "patch")
+        if patches and patches[0][0].box is not None:
+            mark_box(axes, zoom_box(patches[0][0].box, zoom))
+    draw_bar(sheet.axes(layout.bar), scale, "share of the score")
+    left, chart_width = MARGIN + 0.4, layout.bar[0] - MARGIN - 0.4
+    _draw_word_shares(sheet.axes((left, height + GAP, chart_width, _CHART_HEIGHT)), explanation)
+    return sheet
 
 
-def _zoom_box(box: Box, zoom: tuple[float, float]) -> Box:
-    return box[0] * zoom[0], box[1] * zoom[1], box[2] * zoom[0], box[3] * zoom[1]
+def _draw_overview(sheet: Sheet, layout: Layout, explanation: Explanation) -> None:
+    """The panels of the first row, which have scales of their own."""
+    picture, zoom = enlarge(explanation.image, layout)
+    area = zoom_box(explanation.area, zoom)
+    on_patches = explanation.share_map.sum().item()
+    panels = [
+        (picture, "picture", f"score {explanation.score:.3f}"),
+        (overlay(picture, explanation.share_map, area=area), "all shares", f"{on_patches:.3f} on patches"),
+    ]
+    saliency = explanation.patch_saliency
+    if saliency is not None:
+        note = f"{saliency.min():.2f} to {saliency.max():.2f}"
+        panels.append((saliency_overlay(picture, saliency, area=area), "saliency", note))
+    if explanation.region_owners is not None:
+        heat = region_overlay(picture, explanation.region_owners, area=area)
+        panels.append((heat, "regions", f"{len(explanation.regions)} in the mixture"))
+        left, top, _, height = layout.panel(len(panels))
+        axes = sheet.axes((left, top, layout.cell_width, height))
+        axes.set(xlim=(0, layout.cell_width), ylim=(height, 0))
+        _draw_regions(axes, explanation.regions, height)
+    for position, (heat, title, note) in enumerate(panels):
+        draw_panel(sheet.axes(layout.panel(position)), heat, title, note, layout.cell_width)
 
 
-def _draw_panel(axes, picture: Image.Image, title: str, note: str, width: float) -> None:
-    axes.imshow(np.asarray(picture), interpolation="nearest", aspect="auto")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(edgecolor=_LINE, linewidth=0.6)
-    length = int((width - (0.75 if note else 0)) / 0.092)  # a bold letter is about 0.092 inches wide
-    title = title if len(title) <= length else title[: length - 1] + "…"
-    above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    axes.annotate(title, (0, 1), (0, 4), fontsize=10, fontweight="bold", color=_INK, parse_math=False, **above)
-    axes.annotate(note, (0, 1), (72 * width, 4), fontsize=7.5, color=_FAINT, ha="right", **above)
-
-
-def _mark_box(axes, box: Box) -> None:
+def _draw_regions(axes, regions: Sequence[Region], height: float) -> None:
+    """The heaviest regions, two lines each: as many as fit. The axes count in inches."""
     from matplotlib.patches import Rectangle
 
-    x0, y0, x1, y1 = box
-    corner = x0 - 0.5, y0 - 0.5  # the centre of the first pixel is at 0
-    axes.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=_INK, linewidth=0.9))
+    axes.axis("off")
+    style: dict = {"fontsize": 7.5, "va": "center", "parse_math": False}
+    heaviest = sorted(regions, key=lambda region: -region.weight)[: max(int(height / _ENTRY_HEIGHT), 1)]
+    for row, region in enumerate(heaviest):
+        top = row * _ENTRY_HEIGHT
+        colour = tuple(channel / 255 for channel in region_colour(region.index))
+        axes.add_patch(Rectangle((0, top + 0.03), 0.12, 0.24, facecolor=colour, edgecolor=LINE, linewidth=0.6))
+        near = ", ".join(f"{word.text} {cosine:.2f}" for word, cosine in region.words[:2])
+        figures = f"{region.index}:  π {region.weight:.2f}  share {region.share:.3f}"
+        figures += "" if region.variance is None else f"  σ² {region.variance:.2g}"
+        axes.text(0.2, top + 0.09, near, color=INK, **style)
+        axes.text(0.2, top + 0.22, figures, color=FAINT, **style)
 
 
-def _draw_bar(axes, scale: tuple[float, float]) -> None:
-    low, high = scale
-    high = high if high > low else low + 1e-6  # a bar of no height cannot be drawn
-    ramp = _heat_colours(np.linspace(0, 1, 256))[:, None] / 255
-    axes.imshow(ramp, origin="lower", aspect="auto", extent=(0, 1, low, high))
-    axes.set_xticks([])
-    axes.yaxis.tick_right()
-    axes.yaxis.set_label_position("right")
-    axes.set_ylabel("patch score", fontsize=8, color=_FAINT)
-    axes.tick_params(labelsize=7.5, length=2.5, width=0.6, color=_FAINT, labelcolor=_FAINT)
-    axes.spines[:].set(edgecolor=_LINE, linewidth=0.6)
+def _draw_word_shares(axes, explanation: Explanation) -> None:
+    """One bar for each word and special token, in the order of the caption, stacked by what it is matched with."""
+    columns = {word: column for column, word in enumerate(explanation.tokens)}
+    heights: dict[str, np.ndarray] = {}
+    for contribution in explanation.contributions:
+        of_words = heights.setdefault(_kind_of(contribution), np.zeros(len(columns)))
+        of_words[columns[contribution.word]] += contribution.share
+    above, below = np.zeros(len(columns)), np.zeros(len(columns))
+    for kind in sorted(heights, key=list(_SHARE_COLOURS).index):
+        height = heights[kind]
+        bottom = np.where(height >= 0, above, below)
+        axes.bar(range(len(columns)), height, 0.68, bottom=bottom, color=_SHARE_COLOURS[kind], label=kind)
+        above, below = above + height.clip(min=0), below + height.clip(max=0)
+    axes.axhline(0, color=INK, linewidth=0.6)
+    axes.set_xlim(-0.6, len(columns) - 0.4)
+    axes.set_xticks(range(len(columns)), [word.text for word in columns], rotation=35, ha="right", rotation_mode="anchor")
+    for label, word in zip(axes.get_xticklabels(), columns, strict=True):
+        colour, weight = (INK, "bold") if word.is_content else (FAINT, "normal")
+        label.set(parse_math=False, color=colour, fontweight=weight)
+    axes.set_title("share of each word", loc="left", fontsize=10, fontweight="bold", color=INK, pad=4)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=6, frameon=False, fontsize=7.5, handlelength=1, borderpad=0)
+    _thin(axes)
+
+
+def _kind_of(contribution: Contribution) -> str:
+    place = contribution.place.kind
+    if place == "prefix":
+        return "class token"
+    return {"t2i": f"word → {place}", "i2t": f"{place} → word", "both": "word and patch"}[contribution.direction]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _draw_comparison(comparison: Comparison, num_words: int) -> Sheet:
+    pairs = (comparison.first, comparison.second)
+    bars = comparison.words[:num_words]
+    rest = comparison.words[num_words:]
+    if rest:
+        bars.append((f"{len(rest)} more", sum(first for _, first, _ in rest), sum(second for *_, second in rest)))
+    layouts = [Layout.of(pair.image.size, 1, "", 1) for pair in pairs]
+    cell, line_length = max(layout.cell_width for layout in layouts) + 0.9, 34
+    captions = [textwrap.wrap(pair.caption, line_length) for pair in pairs]
+    top = MARGIN + max(map(len, captions)) * LINE_HEIGHT + 0.34
+    bottom = top + max(layout.panel_height for layout in layouts) + 0.5
+    width = 2 * MARGIN + 2 * cell + GAP + 0.85
+    sheet = Sheet(width, bottom + len(bars) * _DIFFERENCE_HEIGHT + 0.5)
+    scale = colour_scale([pair.share_map for pair in pairs])
+    for number, (pair, layout, caption) in enumerate(zip(pairs, layouts, captions, strict=True)):
+        left = MARGIN + number * (cell + GAP)
+        sheet.text(left, MARGIN, caption, size=11)
+        picture, zoom = enlarge(pair.image, layout)
+        heat = overlay(picture, pair.share_map, scale=scale, area=zoom_box(pair.area, zoom))
+        axes = sheet.axes((left, top, layout.panel_width, layout.panel_height))
+        draw_panel(axes, heat, "AB"[number], f"score {pair.score:.3f}", layout.cell_width)
+    draw_bar(sheet.axes((width - 0.75, top, 0.11, bottom - 0.5 - top)), scale, "share of the score")
+    labels = 1.1
+    axes = sheet.axes((MARGIN + labels, bottom, width - 2 * MARGIN - labels, len(bars) * _DIFFERENCE_HEIGHT))
+    _draw_differences(axes, bars, comparison.score)
+    return sheet
+
+
+def _draw_differences(axes, bars: list[tuple[str, float, float]], score: float) -> None:
+    differences = np.array([first - second for _, first, second in bars])
+    rows = range(len(bars))
+    axes.barh(rows, differences, 0.68, color=np.where(differences >= 0, _FIRST, _SECOND))
+    axes.axvline(0, color=INK, linewidth=0.6)
+    axes.set(ylim=(len(bars) - 0.5, -0.5))
+    axes.set_yticks(rows, [text for text, *_ in bars])
+    for label in axes.get_yticklabels():
+        label.set(parse_math=False, color=INK)
+    low, high = min(differences.min(), 0.0), max(differences.max(), 0.0)
+    notes = 0.6 * (high - low or 1.0)  # beside the longest bar
+    axes.set_xlim(low - (notes if low < 0 else 0), high + (notes if high > 0 else 0))
+    for row, (difference, (_, first, second)) in enumerate(zip(differences, bars, strict=True)):
+        side = 1 if difference >= 0 else -1
+        note = f"{_signed(difference)}   (A {_signed(first)}, B {_signed(second)})"
+        axes.annotate(
+            note,
+            (difference, row),
+            (4 * side, 0),
+            textcoords="offset points",
+            fontsize=7,
+            color=FAINT,
+            va="center",
+            ha="left" if side > 0 else "right",
+        )
+    axes.set_title(f"A − B = {_signed(score)}, by word", loc="left", fontsize=10, fontweight="bold", color=INK, pad=5)
+    _thin(axes)
+
+
+def _thin(axes) -> None:
+    axes.tick_params(labelsize=7.5, length=2.5, width=0.6, color=FAINT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set(color=LINE, linewidth=0.6)
+
+
+__all__ = [
+    "colour_scale",
+    "comparison_figure",
+    "explanation_figure",
+    "figure",
+    "overlay",
+    "region_colour",
+    "region_overlay",
+    "saliency_overlay",
+    "write_overlays",
+]
