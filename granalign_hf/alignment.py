@@ -177,7 +177,8 @@ def saliency_map(seen: SeenImage) -> Tensor | None:
 def grid_map(seen: SeenImage, values: Tensor) -> Tensor:
     """(Lv, ...) values of the patch tokens -> (rows, columns, ...) of those on the grid."""
     rows, columns = seen.features.spatial_shapes[0].tolist()
-    return on_grid(seen.features, values.float(), 0, rows * columns).unflatten(0, (rows, columns)).cpu()
+    values = values.float().to(seen.features.patch_mask.device)
+    return on_grid(seen.features, values, 0, rows * columns).unflatten(0, (rows, columns)).cpu()
 
 
 def _align_word(word: Word, maps: Tensor, word_saliency: Tensor | None, area: Box, size: tuple) -> AlignedWord:
