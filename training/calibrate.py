@@ -55,6 +55,7 @@ from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.evaluate import load_checkpoint
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import Encoder, Measured, measured_split
+from granalign_hf.training.states import write_whole
 from granalign_hf.uncertainty import has_standard_errors, sampled_standard_errors, standard_errors
 
 MIN_IMAGES = 10  # with fewer, no answer set holds the right one for 90 % of the queries
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
     if accelerator.is_main_process:
         save_fitted(folder, fitted)
         output = folder / f"uncertainty-{args.split}.json"
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        write_whole(output, json.dumps(result, indent=2) + "\n")
         print(table(result))
         print(f"fitted values written to {folder / 'config.json'}, the figures to {output}")
     accelerator.end_training()
@@ -150,9 +151,7 @@ def save_fitted(folder: Path, fitted: dict) -> None:
     path = folder / "config.json"
     GranAlignConfig.from_pretrained(folder, **fitted)  # refuses what is out of range
     config = json.loads(path.read_text()) | fitted
-    new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    new.replace(path)
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ galleries
