@@ -76,6 +76,8 @@ def test_file_has_every_figure(calibrated):
         assert figures["confidence"]["measure"] in CONFIDENCE_MEASURES
         assert 1 <= figures["answer_sets"]["mean_size"] <= NUM_IMAGES
     assert {"region_mean_cosine", "distinct_regions", "effective_patches"} <= set(result["diagnostics"])
+    losses = result["confidence_log_loss"]
+    assert set(losses) == {*CONFIDENCE_MEASURES} and min(losses, key=losses.get) == result["fitted"]["confidence_measure"]
     assert not list(folder.glob("*unfinished"))
 
 

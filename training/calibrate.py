@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> dict:
     # First, so that what is fitted to standard errors is fitted to those that the calibrated model will give.
     model.config.standard_error_factor = 1.0 if ratios[0] is None else ratios[0]["all_pairs"]
     with measured_split(model, processor, validation, args.batch_size, work) as measured:
-        fitted = {"standard_error_factor": model.config.standard_error_factor, **fit(measured, validation)}
+        fitted, losses = fit(measured, validation)
+    fitted = {"standard_error_factor": model.config.standard_error_factor, **fitted}
     with measured_split(model, processor, test, args.batch_size, work) as measured:
         result = {
             "dataset": Path(args.dataset).name,
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> dict:
             "date": datetime.date.today().isoformat(),
             "command": portable(shlex.join(["accelerate", "launch", "training/calibrate.py", *argv])),
             "fitted": fitted,
+            "confidence_log_loss": losses,
             "sampled_over_closed_form": dict(zip(("fitted_on", "measured_on"), ratios, strict=True)),
             "diagnostics": measured.diagnostics,
             **{way: measure(measured, test, way, fitted) for way in WAYS},
@@ -195,31 +197,32 @@ def queries(measured: Measured, data: CaptionedImages, way: str, logit_scale: fl
 # -------------------------------------------------------------------------------------------------------------- fitting
 
 
-def fit(measured: Measured, data: CaptionedImages) -> dict[str, Any]:
-    """The fields of `GranAlignConfig` that the scores of a split give.
+def fit(measured: Measured, data: CaptionedImages) -> tuple[dict[str, Any], dict[str, float]]:
+    """The fields of `GranAlignConfig` that the scores of a split give, and the log-loss of the confidence by measure.
 
-    The confidence is made of the measure with the smallest log-loss, mean over both ways.
+    The confidence is made of the measure with the smallest, mean over both ways.
     """
     galleries = one_caption_galleries(data.caption_image_index)
     logit_scale = fit_logit_scale([measured.scores[:, captions] for captions in galleries])
     of_way = [queries(measured, data, way, logit_scale) for way in WAYS]
-    curves: dict[str, list[float]] = {}
-    losses: dict[str, float] = {}
-    for name in CONFIDENCE_MEASURES:
-        if name in of_way[0].answers.uncertainties:
-            values = [(q.answers.uncertainties[name], q.is_right) for q in of_way]
-            pairs = [fit_logistic(*value) for value in values]
-            curves[name] = [number for pair in pairs for number in pair]
-            losses[name] = float(
-                np.mean([log_loss(logistic(v, pair), right) for (v, right), pair in zip(values, pairs, strict=True)])
-            )
+    names = [name for name in CONFIDENCE_MEASURES if name in of_way[0].answers.uncertainties]
+    curves = {name: [fit_logistic(q.answers.uncertainties[name], q.is_right) for q in of_way] for name in names}
+    losses = {
+        name: float(np.mean([_loss(q, name, curve) for q, curve in zip(of_way, curves[name], strict=True)]))
+        for name in names
+    }
     best = min(losses, key=losses.__getitem__)
-    return {
+    fitted = {
         "logit_scale": logit_scale,
         "confidence_measure": best,
-        "confidence_coefficients": curves[best],
+        "confidence_coefficients": [number for curve in curves[best] for number in curve],
         "conformal_thresholds": [conformal_threshold(q.gap) for q in of_way],
     }
+    return fitted, losses
+
+
+def _loss(q: Queries, measure: str, curve: tuple[float, float]) -> float:
+    return log_loss(logistic(q.answers.uncertainties[measure], curve), q.is_right)
 
 
 @torch.no_grad()
