@@ -43,16 +43,10 @@ from granalign_hf.calibration import (
 )
 from granalign_hf.evaluation import quantiles
 from granalign_hf.modeling.configuration_granalign import CONFIDENCE_MEASURES
-from granalign_hf.training.arguments import (
-    PRECISIONS,
-    DataArguments,
-    SettingsParser,
-    choice_problems,
-    range_problems,
-    setting,
-)
+from granalign_hf.training.arguments import PRECISIONS, DataArguments
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.evaluate import load_checkpoint
+from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import Encoder, Measured, measured_split
 from granalign_hf.training.states import write_whole
@@ -123,8 +117,8 @@ def parse_arguments(argv: list[str]) -> tuple[SettingsParser, CalibrateArguments
     parser = SettingsParser(CalibrateArguments, description="Calibrates a checkpoint.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="Folder of a GranAlign model.")
     args, rest, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    parser.refuse_unknown(unknown, "on the command line")
-    problems = range_problems(args, ["max_images"], f"must be at least {MIN_IMAGES}", lambda value: value >= MIN_IMAGES)
+    problems = parser.unknown_fields(unknown, "on the command line")
+    problems += range_problems(args, ["max_images"], f"must be at least {MIN_IMAGES}", lambda value: value >= MIN_IMAGES)
     problems += range_problems(args, ["batch_size"], "must be at least 1", lambda value: value >= 1)
     problems += choice_problems(args, {"matmul_precision": PRECISIONS})
     if args.split == args.validation_split:
