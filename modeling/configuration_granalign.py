@@ -32,6 +32,12 @@ ALIGNER_FIELDS: dict[str, tuple[str, ...]] = {
 }
 ATTENTION_DIRECTIONS = ("t2i", "i2t", "both")
 PROJECTION_TYPES = ("linear", "mlp")
+ERROR_MEASURES = ("standard_error", "margin_in_errors")
+CONFIDENCE_MEASURES = ("margin", "probability", "entropy", *ERROR_MEASURES)
+# What calibration fits to trained weights; other weights need it anew.
+CALIBRATED_FIELDS = (
+    "logit_scale", "standard_error_factor", "confidence_measure", "confidence_coefficients", "conformal_thresholds"
+)  # fmt: skip
 
 
 @strict
@@ -100,6 +106,19 @@ class GranAlignConfig(PreTrainedConfig):
             `vision_config` says, 0 for a type that is not known.
         patch_pool_size (`int`, defaults to 1):
             Side of the square of neighbouring patches that are averaged into one before they are projected.
+        logit_scale (`float`, defaults to 1.0):
+            Factor from scores to `logits_per_image`, so that their softmax over candidates is a probability. It changes
+            neither ranking nor training. This field and those below are fitted by `training/calibrate.py`.
+        standard_error_factor (`float`, defaults to 1.0):
+            Factor from the closed form of the standard error of a score to its true value.
+        confidence_measure (`str`, defaults to `"margin"`):
+            What the probability that the first answer is right is made of: `"margin"`, first minus second score;
+            `"probability"` and `"entropy"` of the softmax; `"standard_error"` of the first score; `"margin_in_errors"`.
+        confidence_coefficients (`list[float]`, *optional*):
+            Intercept and slope of its logistic curve, image to text, then text to image.
+        conformal_thresholds (`list[float]`, *optional*):
+            How far below the first score a candidate still belongs to the answers that hold the right one for 90 % of the
+            queries, image to text, then text to image.
 
     Raises:
         ValueError: special tokens shall take no part, but their ids are not known.
@@ -139,6 +158,11 @@ class GranAlignConfig(PreTrainedConfig):
     special_token_ids: list[int] | None = None
     num_prefix_tokens: int | None = None
     patch_pool_size: int = 1
+    logit_scale: float | int = 1.0
+    standard_error_factor: float | int = 1.0
+    confidence_measure: str = "margin"
+    confidence_coefficients: list[float] | None = None
+    conformal_thresholds: list[float] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -173,7 +197,7 @@ class GranAlignConfig(PreTrainedConfig):
         for name in ("projection_dim", "num_regions", "patch_pool_size"):
             if getattr(self, name) < 1:
                 problems.append(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("region_logit_scale", "saliency_temperature", "margin"):
+        for name in ("region_logit_scale", "saliency_temperature", "margin", "logit_scale", "standard_error_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 problems.append(f"`{name}` must be greater than 0 and finite, got {getattr(self, name)}.")
         for name in ("reconstruction_weight", "kl_weight", "num_prefix_tokens"):
@@ -184,6 +208,16 @@ class GranAlignConfig(PreTrainedConfig):
             problems.append(f"`level_weights` must be three values of at least 0 that sum to 1, got {weights}.")
         if problems:
             raise ValueError(" ".join(problems))
+
+    def validate_calibration(self):
+        """Part of the `@strict` validation: what calibration has fitted."""
+        if self.confidence_measure not in CONFIDENCE_MEASURES:
+            raise ValueError(f"`confidence_measure` must be one of {CONFIDENCE_MEASURES}, got {self.confidence_measure!r}.")
+        for name, length, lowest in (("confidence_coefficients", 4, -math.inf), ("conformal_thresholds", 2, 0)):
+            values = getattr(self, name)
+            if values is not None and (len(values) != length or not all(lowest <= v < math.inf for v in values)):
+                rule = f"{length} finite values" + (" of at least 0" if lowest == 0 else "")
+                raise ValueError(f"`{name}` must be {rule}, got {values}.")
 
     @classmethod
     def from_vision_text_configs(

@@ -317,7 +317,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
             input_ids, attention_mask, position_ids, token_type_ids, text_model_output, return_dict=True, **kwargs
         )
         levels = self.similarities(image, text)
-        logits_per_image = self._weigh_levels(levels)
+        logits_per_image = self.config.logit_scale * self._weigh_levels(levels)
         loss = loss_terms = None
         if return_loss:
             positives = positive_pairs(logits_per_image, image_ids, caption_image_ids)

@@ -83,7 +83,8 @@ class GranAlignOutput(_MaskedOutput):
     loss (`torch.FloatTensor` of shape `()`, *optional*, with `return_loss=True`):
         Weighted sum of `loss_terms`.
     logits_per_image (`torch.FloatTensor` of shape `(B, C)`):
-        Score of every image with every caption [S], float32, in [-2, 2] for GRM and LAPS and in [-1, 1] for CHAN and VSE++.
+        Score of every image with every caption [S], float32, in [-2, 2] for GRM and LAPS and in [-1, 1] for CHAN and VSE++;
+        times the `logit_scale` of a calibrated model, with which their softmax over candidates is a probability.
     logits_per_text (`torch.FloatTensor` of shape `(C, B)`):
         Its transpose.
     loss_terms (`dict[str, torch.FloatTensor]`, *optional*, with `return_loss=True`):

@@ -331,6 +331,19 @@ def var_of_uncertain_score(words_hat: Any, means: Any, log_vars: Any, assignment
     return variance
 
 
+def mixture_log_density(point: Any, weights: Any, means: Any, log_vars: Any) -> Tensor:
+    """log sum_k pi_k N(x; mu_k, sigma_k^2), in nats: the image as a mixture of its regions (METHOD, part 2).
+
+    `point` (D,), `weights` (K,), `means` and `log_vars` (K, D). Returns a scalar.
+    """
+    point, weights, means, log_vars = _f64(point), _f64(weights), _f64(means), _f64(log_vars)
+    density = _f64(0.0)
+    for weight, mean, log_var in zip(weights, means, log_vars, strict=True):
+        exponent = ((point - mean) ** 2 / torch.exp(log_var) + log_var + math.log(2 * math.pi)).sum() / -2
+        density = density + weight * torch.exp(exponent)
+    return torch.log(density)
+
+
 # --- The other aligners (METHOD, part 4), one image and one caption ---
 
 

@@ -33,6 +33,11 @@ OWN_FIELDS = {  # name -> default; a change here is a change for every user
     "special_token_ids": [0],  # of the default BertConfig: padding
     "num_prefix_tokens": 1,  # of the default ViTConfig: the class token
     "patch_pool_size": 1,
+    "logit_scale": 1.0,
+    "standard_error_factor": 1.0,
+    "confidence_measure": "margin",
+    "confidence_coefficients": None,
+    "conformal_thresholds": None,
 }
 
 
@@ -80,6 +85,13 @@ def test_field_names_and_defaults_are_frozen():
         ({"level_weights": [0.5, 0.5, 0.5]}, "`level_weights` must be three values of at least 0 that sum to 1"),
         ({"level_weights": [1.2, -0.4, 0.2]}, "`level_weights` must be three values of at least 0 that sum to 1"),
         ({"level_weights": [0.4, 0.4, float("nan")]}, "`level_weights` must be three values"),
+        ({"logit_scale": 0.0}, "`logit_scale` must be greater than 0 and finite, got 0.0"),
+        ({"standard_error_factor": -1.0}, "`standard_error_factor` must be greater than 0 and finite, got -1.0"),
+        ({"confidence_measure": "length"}, "`confidence_measure` must be one of .* got 'length'"),
+        ({"confidence_coefficients": [1.0, 2.0]}, r"`confidence_coefficients` must be 4 finite values, got \[1.0, 2.0\]"),
+        ({"confidence_coefficients": [1.0, 2.0, 0.0, float("nan")]}, "`confidence_coefficients` must be 4 finite values"),
+        ({"conformal_thresholds": [-0.1, 0.1]}, r"`conformal_thresholds` must be 2 finite values of at least 0, got \[-0.1"),
+        ({"conformal_thresholds": [0.1, float("inf")]}, "`conformal_thresholds` must be 2 finite values"),
     ],
 )
 def test_a_value_out_of_range_is_named(fields, message):
@@ -142,6 +154,10 @@ def test_json_round_trip(tmp_path):
         "special_token_ids": [3, 9],
         "num_prefix_tokens": 2,
         "use_special_tokens": False,
+        "logit_scale": 12.5,
+        "confidence_measure": "margin_in_errors",
+        "confidence_coefficients": [0.5, -2.0, 0.25, -3.0],
+        "conformal_thresholds": [0.125, 0.25],
     }
     vision = SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[1, 2])
     text = BertConfig(hidden_size=12, num_attention_heads=2)

@@ -83,10 +83,10 @@ def test_means_of_an_epoch_are_those_of_its_steps(monkeypatch):
     optimizer = torch.optim.SGD([{"params": [weight], "lr": 1.0, "name": "new_layers"}])
     accelerator, logged = Accelerator(), []
     monkeypatch.setattr(accelerator, "log", lambda values, step: logged.append((step, values)))
-    monkeypatch.setattr(observing, "STEPS_BETWEEN_LOGS", 2)
+    monkeypatch.setattr(observing, "UPDATES_BETWEEN_LOGS", 2)
     sums, speed = {}, {"pairs_per_second": 5.0}
     for step, norm in enumerate([1.0, float("inf"), 3.0], start=30):
-        log_step(accelerator, optimizer, sums, step, {"loss": step - 30.0, "kl": 2.0 * (step - 30)}, norm, speed)
+        log_step(accelerator, optimizer, sums, step, step, {"loss": step - 30.0, "kl": 2.0 * (step - 30)}, norm, speed)
         optimizer.param_groups[0]["lr"] /= 2
         sums = json.loads(json.dumps(sums))  # what a saved state does to it
     assert epoch_means(sums) == {"loss": 1.0, "kl": 2.0, "grad_norm": 2.0, "learning_rates": {"new_layers": 1.75 / 3}}

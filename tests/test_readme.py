@@ -49,7 +49,7 @@ LINES = [line for kind, code in BLOCKS if kind == "bash" for line in code.strip(
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("accelerate launch")])
 def test_command_line_runs(folder_with_demo, line):
-    small = ["--max_images", "8"] if "evaluate.py" in line else SMALL
+    small = SMALL if "train.py" in line else ["--max_images", "12"]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *shlex.split(line)[1:], *small]
     done = subprocess.run(command, cwd=folder_with_demo, capture_output=True, text=True, env=_offline())
     assert done.returncode == 0, done.stderr[-3000:]

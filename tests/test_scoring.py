@@ -18,7 +18,8 @@ from tiny import tiny_model, tiny_processor
 from granalign_hf.evaluation import retrieval_ranks
 from granalign_hf.training import scoring
 from granalign_hf.training.data import CaptionedImages
-from granalign_hf.training.scoring import Captions, Encoder, image_moments, scored_split
+from granalign_hf.training.scoring import Captions, Encoder, image_moments, measured_split, scored_split
+from granalign_hf.uncertainty import entropy_bounds, standard_errors
 
 NUM_IMAGES, WORDS = 23, "the red blue green dog cat square circle".split()
 
@@ -69,6 +70,25 @@ def test_scores_are_those_of_all_at_once(tmp_path, whole_split):
         expected = model.score(image, text).numpy()
     np.testing.assert_allclose(measured(tmp_path / "scores", 4)[0], expected, atol=1e-5)
     assert not list(tmp_path.iterdir())
+
+
+def test_standard_errors_and_entropies_are_those_of_all_at_once(tmp_path, whole_split):
+    model, image, text = whole_split
+    with measured_split(model, tiny_processor(), photographs(), 4, tmp_path / "measured") as split:
+        with torch.no_grad():
+            np.testing.assert_allclose(split.scores, model.score(image, text).numpy(), atol=1e-5)
+            np.testing.assert_allclose(split.standard_errors, standard_errors(model, image, text).numpy(), rtol=1e-3)
+            entropies = torch.stack(entropy_bounds(image)).mean(0).numpy()
+        np.testing.assert_allclose(split.image_entropies, entropies, rtol=1e-4)
+        assert split.diagnostics == pytest.approx(measured(tmp_path / "scores", 4)[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"aligner": "vse++"}, {"level_weights": [0.5, 0.5, 0.0]}], ids=str)
+def test_without_variance_only_scores_are_measured(tmp_path, fields):
+    model = tiny_model(**fields)
+    with measured_split(model, tiny_processor(), photographs(), 4, tmp_path / "measured") as split:
+        assert split.standard_errors is None and split.image_entropies is None
+        np.testing.assert_array_equal(split.scores, measured(tmp_path / "scores", 4, model)[0])
 
 
 def test_any_batch_size_gives_the_same(tmp_path):

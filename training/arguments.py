@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from accelerate.tracking import get_available_trackers
 
-from granalign_hf.modeling.configuration_granalign import GranAlignConfig
+from granalign_hf.modeling.configuration_granalign import CALIBRATED_FIELDS, GranAlignConfig
 from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
 from granalign_hf.training.problems import settle_fields
 
@@ -163,7 +163,7 @@ def _model_arguments() -> type:
     fields = []
     texts = _config_help()
     for name, kind in GranAlignConfig.__annotations__.items():
-        if name in ("vision_config", "text_config"):  # settings of the run
+        if name in ("vision_config", "text_config", *CALIBRATED_FIELDS):  # settings of the run, and what comes after it
             continue
         default = getattr(GranAlignConfig, name)
         if default is not None:  # without the further types that the config converts from

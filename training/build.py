@@ -8,7 +8,7 @@ import re
 import torch
 from transformers import AutoConfig, AutoImageProcessor, BertTokenizer, PreTrainedConfig, ViTImageProcessor
 
-from granalign_hf.modeling.configuration_granalign import GranAlignConfig
+from granalign_hf.modeling.configuration_granalign import CALIBRATED_FIELDS, GranAlignConfig
 from granalign_hf.modeling.encoders import load_encoder, special_token_ids
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor, encoder_tokenizer
@@ -27,6 +27,7 @@ def build(run: RunArguments, fields: dict, captions: list[str]) -> tuple[GranAli
         RuntimeError: a field changes the shape of a layer of the checkpoint.
     """
     if run.checkpoint:
+        fields = {name: getattr(GranAlignConfig, name) for name in CALIBRATED_FIELDS} | fields  # fitted to those weights
         return GranAlignModel.from_pretrained(run.checkpoint, **fields), GranAlignProcessor.from_pretrained(run.checkpoint)
     vision_model = text_model = None
     if run.vision_encoder:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from granalign_hf.training.train import Training
 
 # What tells of the weights of before, and these.
-REPLACED = ("metrics*.json", "ranks-*.npz", "demo.png", "README.md", "model*.safetensors*")
+REPLACED = ("metrics*.json", "ranks-*.npz", "uncertainty-*.json", "demo.png", "README.md", "model*.safetensors*")
 
 
 def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRanks) -> None:

@@ -3,7 +3,7 @@
 The tokens of all images are never in memory, and the scores are in a file. For 5,000 images of 577 patches and 25,000
 captions of 13 tokens, 512 wide in float32, that is above the model: 25,000 x 13 x 512 x 4 bytes = 0.67 GB of words (sorted
 by length, so that padding adds little); 128 x 577 x 512 x 4 bytes = 0.15 GB for each of the fields of a block of images, at
-most four of this size (GRM without region prompts); less than 1 GB of activations in a step of the encoders; 13 MB of
+most five of this size (GRM without region prompts); less than 1 GB of activations in a step of the encoders; 13 MB of
 scores: under 3 GB in all. All patches at once would be 5.9 GB; the score matrix on disk is 0.5 GB.
 
 Blocks do not depend on the batch size or the number of processes, so neither does the result, but for rounding in the
@@ -12,6 +12,7 @@ vision encoder, whose steps have the batch size.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -33,9 +34,11 @@ from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.features import TokenFeatures, fingerprint
+from granalign_hf.uncertainty import entropy_bounds, has_standard_errors, standard_errors
 
 IMAGE_FIELDS = (
-    "patch_embeds", "patch_mask", "patch_saliency", "patch_logits", "region_assignment", "region_means", "region_embeds"
+    "patch_embeds", "patch_mask", "patch_saliency", "patch_logits", "region_assignment", "region_weights", "region_means",
+    "region_log_vars", "region_embeds",
 )  # fmt: skip
 TEXT_FIELDS = ("word_embeds", "word_mask", "word_saliency")
 IMAGES_PER_BLOCK = 128
@@ -49,6 +52,15 @@ class Scored(NamedTuple):
 
     scores: np.ndarray  # (images, captions) float32, a file mapped into memory
     diagnostics: dict[str, float]
+
+
+class Measured(NamedTuple):
+    """A split in numbers, and how sure they are; the last two where regions with a variance take part in the scores."""
+
+    scores: np.ndarray  # (images, captions) float32, a file mapped into memory
+    diagnostics: dict[str, float]
+    standard_errors: np.ndarray | None = None  # of the scores, likewise
+    image_entropies: np.ndarray | None = None  # (images,), the middle of the bounds of `entropy_bounds`
 
 
 @dataclass
@@ -136,35 +148,60 @@ def scored_split(
             finished stays so: after an interruption the same model goes on with the same data where it was.
         features: of the frozen encoders on this split, instead of its pictures and texts.
     """
+    with measured_split(model, processor, data, batch_size, folder, features, has_uncertainty=False) as measured:
+        yield Scored(measured.scores, measured.diagnostics)
+
+
+@contextmanager
+def measured_split(
+    model: GranAlignModel,
+    processor: GranAlignProcessor,
+    data: CaptionedImages,
+    batch_size: int,
+    folder: Path,
+    features: TokenFeatures | None = None,
+    has_uncertainty: bool = True,
+) -> Iterator[Measured]:
+    """As [`scored_split`], with the standard error of every score and the entropy of every image."""
     state = PartialState()
     model.eval()
+    names = _files(model, has_uncertainty)
     if state.is_main_process:
-        _open(folder, _key(model, processor, data, features), (len(data), len(data.all_captions)))
+        _open(folder, _key(model, processor, data, features, names), names, (len(data), len(data.all_captions)))
     state.wait_for_everyone()
     blocks = [range(start, min(start + IMAGES_PER_BLOCK, len(data))) for start in range(0, len(data), IMAGES_PER_BLOCK)]
     unfinished = [block for block in blocks if not _moments_file(folder, block).is_file()]
     if unfinished:
         _score_blocks(Encoder(model, processor, data, batch_size, features), unfinished, folder, state)
     state.wait_for_everyone()
-    yield Scored(np.load(folder / "scores.npy", mmap_mode="r"), _diagnostics(folder))
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+    yield Measured(diagnostics=_diagnostics(folder), **arrays)
     state.wait_for_everyone()
     if state.is_main_process:
         shutil.rmtree(folder)
 
 
-def _key(model, processor, data: CaptionedImages, features: TokenFeatures | None) -> str:
+def _files(model: GranAlignModel, has_uncertainty: bool) -> list[str]:
+    """The arrays of [`Measured`] that there are."""
+    is_measured = has_uncertainty and has_standard_errors(model.config)
+    return ["scores", "standard_errors", "image_entropies"] if is_measured else ["scores"]
+
+
+def _key(model, processor, data: CaptionedImages, features: TokenFeatures | None, names: list[str]) -> str:
     """What the scores depend on."""
-    blocks = [IMAGES_PER_BLOCK, CAPTIONS_PER_BLOCK]
-    return json.dumps([fingerprint([model], processor, data), features is None, *blocks])
+    sizes = [IMAGES_PER_BLOCK, CAPTIONS_PER_BLOCK]
+    return json.dumps([fingerprint([model], processor, data), features is None, *sizes, *names])
 
 
-def _open(folder: Path, key: str, shape: tuple[int, int]) -> None:
-    """An empty file of scores, unless the folder has one of the same key."""
+def _open(folder: Path, key: str, names: list[str], shape: tuple[int, int]) -> None:
+    """Empty files of the arrays, unless the folder has them with the same key."""
     if (folder / "key").is_file() and (folder / "key").read_text() == key:
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    np.lib.format.open_memmap(folder / "scores.npy", "w+", np.float32, shape).flush()
+    for name in names:
+        sizes = shape[:1] if name.startswith("image_") else shape
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, sizes).flush()
     (folder / "key").write_text(key)
 
 
@@ -182,14 +219,23 @@ def _score_blocks(encoder: Encoder, unfinished: list[range], folder: Path, state
 
 def _score_block(encoder: Encoder, captions: Captions, texts: list[SimpleNamespace], block: range, folder: Path) -> None:
     image = encoder.images(block)
-    scores = np.empty((len(block), len(captions.texts)), np.float32)
-    for positions, text in zip(captions.blocks, texts, strict=True):
-        scores[:, positions] = encoder.model.score(image, text).cpu().numpy()
-    file = np.load(folder / "scores.npy", mmap_mode="r+")
-    file[block.start : block.stop] = scores[:, captions.text_of]
-    file.flush()
+    measures = {"scores": encoder.model.score, "standard_errors": functools.partial(standard_errors, encoder.model)}
+    for name, measure in measures.items():
+        if (folder / f"{name}.npy").is_file():
+            values = np.empty((len(block), len(captions.texts)), np.float32)
+            for positions, text in zip(captions.blocks, texts, strict=True):
+                values[:, positions] = measure(image, text).cpu().numpy()
+            _write_rows(folder / f"{name}.npy", block, values[:, captions.text_of])
+    if (folder / "image_entropies.npy").is_file():
+        _write_rows(folder / "image_entropies.npy", block, torch.stack(entropy_bounds(image)).mean(0).cpu().numpy())
     own = [(text, *pair) for text, pair in zip(texts, captions.own(block), strict=True) if len(pair[0])]
     _write_moments(_moments_file(folder, block), image_moments(image, own))  # last: it says that the block is finished
+
+
+def _write_rows(path: Path, block: range, rows: np.ndarray) -> None:
+    file = np.load(path, mmap_mode="r+")
+    file[block.start : block.stop] = rows
+    file.flush()
 
 
 def _encode_captions(encoder: Encoder, captions: Captions, state: PartialState) -> list[SimpleNamespace]:
