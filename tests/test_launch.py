@@ -96,13 +96,37 @@ def launch_environment(config: str, *words: str) -> dict[str, str]:
     return {n: v for n, v in prepare_multi_gpu_env(args).items() if n.startswith(("FSDP_", "ACCELERATE_"))}
 
 
-def sharded(rank: int, folder: Path) -> None:
+def shard(precision: str = "no") -> None:
     """Accelerate takes FSDP for accelerators only, so that it has to be told; the shards and their collectives are real."""
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
-    state = AcceleratorState(cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
+    state = AcceleratorState(precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if precision != "no":
+        plugin.set_mixed_precision(precision)  # as Accelerate does
+
+
+def sharded_in_bf16(rank: int, folder: Path) -> None:
+    shard("bf16")
+    original, dtypes = train.shared_loss, set()
+
+    def shared_loss(model, tokens, *args):
+        dtypes.update(values.dtype for values in tokens.values() if values.is_floating_point())
+        return original(model, tokens, *args)
+
+    train.shared_loss = shared_loss
+    words = ["--mixed_precision", "bf16", "--batch_size", "4", "--epochs", "1"]
+    train.main([*RUN, *words, "--output_dir", str(folder)])
+    assert dtypes == {torch.float32}
+
+
+def test_shards_in_bf16_score_tokens_in_float32(tmp_path):
+    run_processes(sharded_in_bf16, 2, tmp_path, **launch_environment("fsdp2.yaml", "--num_processes", "2"))
+
+
+def sharded(rank: int, folder: Path) -> None:
+    shard()
     original = train.train_epoch
 
     def train_epoch(training, *args):

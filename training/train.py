@@ -21,6 +21,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast, gather_object, set_seed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> dict:
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if plugin := getattr(accelerator.state, "fsdp_plugin", None):
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast alone rounds: tokens and gradients stay float32
     set_up_torch(run.matmul_precision, accelerator.num_processes)
     set_seed(run.seed)
     training = set_up(run, fields, accelerator)
