@@ -13,13 +13,21 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from signal import SIGINT
 
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast, gather_object, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast,
+    gather_object,
+    set_seed,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
@@ -109,7 +117,10 @@ def main(argv: list[str] | None = None) -> dict:
         project_dir=output,
         step_scheduler_with_optimizer=False,  # else it takes a step for every process, not one for all of them
         gradient_accumulation_steps=run.gradient_accumulation_steps,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(hours=4)),  # the first one may compute features, the others wait
+        ],
     )
     if plugin := getattr(accelerator.state, "fsdp_plugin", None):
         plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast alone rounds: tokens and gradients stay float32
@@ -226,7 +237,8 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     is_on_gpu = accelerator.device.type == "cuda"
     loader = training_loader(images, collate, run.batch_size, run.num_workers, order, is_pinned=is_on_gpu)
     optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=run.learning_rate)
-    replica = copy.deepcopy(model) if accelerator.distributed_type == DistributedType.FSDP else None
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    replica = copy.deepcopy(model).to(accelerator.device) if is_sharded else None
     encoder, optimizer, loader = prepare(accelerator, TokenEncoder(model), optimizer, loader)
     if len(loader) == 0:
         needed = run.batch_size * accelerator.num_processes
