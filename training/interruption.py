@@ -1,13 +1,24 @@
-"""SIGTERM and Ctrl-C: a run ends after the step in progress, all of its processes after the same one."""
+"""How a run ends: by itself, or by SIGTERM and Ctrl-C after the step in progress, all processes after the same one."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """As Accelerate does it, and then waits for gloo.
+
+    Its threads need the GIL to let go of what they gathered last, and the end of the process group, which comes with that of
+    the model, keeps the GIL until they are through.
+    """
+    accelerator.end_training()
+    time.sleep(0.2)
 
 
 class Interruption:

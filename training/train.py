@@ -45,7 +45,7 @@ from granalign_hf.training.distributed import shared_loss
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.finite import Rollback, check_finite, may_overflow
 from granalign_hf.training.gradient_cache import CachedTokens, TokenEncoder
-from granalign_hf.training.interruption import Interruption
+from granalign_hf.training.interruption import Interruption, end_training
 from granalign_hf.training.leaks import save_training_images
 from granalign_hf.training.loaders import prepare, training_data, training_loader
 from granalign_hf.training.observing import epoch_means, log_step, log_validation, log_word_maps, start_trackers
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> dict:
     start_trackers(accelerator, run, fields)
     with Interruption(accelerator) as interruption:
         train_epochs(training, state, states, interruption, command, started - state["seconds"])
-    accelerator.end_training()
+    end_training(accelerator)
     if accelerator.is_main_process:
         # Last, since no other process waits for it.
         if run.dataset != "scenes" and isinstance(training.train_data, CaptionedImages):
@@ -157,7 +157,7 @@ def train_epochs(
     def leave_if_asked() -> None:
         if signal := interruption.agreed_signal():
             save()
-            accelerator.end_training()
+            end_training(accelerator)
             if accelerator.is_main_process:
                 tqdm.write(f"{signal.name}: the run is saved in {states.newest}. It goes on with --resume.")
             raise SystemExit(128 + signal)
