@@ -25,3 +25,20 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_step_in_progress(
     os.killpg(run.pid, signal.SIGTERM)
     assert run.wait(60) == 128 + signal.SIGTERM, log.read_text()[-2000:]
     assert len(list((tmp_path / "run" / "state").glob("step-*/progress.json"))) == 1
+
+
+FAILS_WITH_LIVING_WORKERS = """
+import torch
+from granalign_hf.training.loaders import training_loader
+
+loader = training_loader(range(8), None, 2, 2, torch.Generator(), is_pinned=False)
+batches = iter(loader)
+next(batches)
+raise ValueError("the run has failed")
+"""
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers():
+    """The interpreter sends those that are left SIGTERM and waits for them: without end, were they deaf to it."""
+    run = subprocess.run([sys.executable, "-c", FAILS_WITH_LIVING_WORKERS], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "the run has failed" in run.stderr
