@@ -67,6 +67,12 @@ def torch_as_it_was() -> Iterator[None]:
     _restore_torch()
 
 
+@pytest.fixture(autouse=True)
+def short_streams_end_soon(monkeypatch) -> None:
+    """`datasets` sleeps 5 s after each pass over Parquet files, for the threads that read them: here these are done."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
 @pytest.fixture
 def library_cache(tmp_path, monkeypatch) -> Path:
     """Where `datasets` prepares and unpacks what it loads from files: not at home."""
