@@ -161,13 +161,11 @@ def _score_tile(
 ) -> Tensor:
     """Packed words (W, d) of weights (W,) with i images -> (levels, i, c)."""
     patches, words, patch_saliency, word_saliency, regions, patch_logits = tokens
-    num_patches = patches.shape[1]
-    columns = patches if regions is None else torch.cat([patches, regions], dim=1)  # one product for all levels
-    both = products(words, columns.flatten(0, 1)).unflatten(1, columns.shape[:2])
+    of_patches, of_regions = _products(products, words, patches, regions)
     levels = rule(
         Tile(
-            both[..., :num_patches],
-            None if regions is None else both[..., num_patches:],
+            of_patches,
+            of_regions,
             word_weights[:, None],
             patch_weights,
             None if word_saliency is None else word_saliency[:, None, None],
@@ -179,6 +177,23 @@ def _score_tile(
         )
     )
     return torch.stack(levels).transpose(1, 2)
+
+
+def _products(
+    products: Callable[[Tensor, Tensor], Tensor], words: Tensor, patches: Tensor, regions: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(W, d) words -> (W, i, v) with patches and (W, i, k) with regions.
+
+    The graph of one product is the cheaper one; without a graph, maxima over what lies in one piece are worth a second.
+    """
+
+    def with_all(rows: Tensor) -> Tensor:
+        return products(words, rows.flatten(0, 1)).unflatten(1, rows.shape[:2])
+
+    if regions is None or not torch.is_grad_enabled():
+        return with_all(patches), None if regions is None else with_all(regions)
+    both = with_all(torch.cat([patches, regions], dim=1))
+    return both[..., : patches.shape[1]], both[..., patches.shape[1] :]
 
 
 def _slices(length: int, step: int) -> list[slice]:

@@ -105,11 +105,19 @@ def test_the_readme_tells_the_effect_of_the_precision():
     assert "".join(told) in readme
 
 
+def test_the_readme_tells_how_long_a_training_waits_for_pictures():
+    readme = " ".join((BENCHMARKS.parents[1] / "README.md").read_text().split())
+    figures = json.loads((BENCHMARKS / "data.json").read_text())
+    rows = {(row["precision"], row["workers"]): row for row in figures["training"]["rows"]}
+    without, with_two = (100 * rows["bf16", workers]["share of time waiting"] for workers in (0, 2))
+    told = f"waits for {without:.1f} % of the time without workers and for {with_two:.1f} % with two"
+    reading, training = figures["reading"]["rows"][-1]["pictures a second"], rows["bf16", 2]["pairs a second"]
+    assert told in readme and f"reads {reading:.0f} pictures a second, the model trains on {training:.0f}" in readme
+
+
 @pytest.mark.parametrize("name", ["similarity", "data"])
 def test_the_page_is_that_of_the_committed_figures(peers, name):
     benchmark, report = import_module(name), import_module("report")
-    if not (BENCHMARKS / f"{name}.json").is_file():
-        pytest.skip(f"make bench has not measured {name} yet")
     figures = json.loads((BENCHMARKS / f"{name}.json").read_text())
     assert (BENCHMARKS / f"{name}.md").read_text() == report.page(benchmark.HEAD, benchmark.SECTIONS, figures)
 

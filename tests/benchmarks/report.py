@@ -31,7 +31,8 @@ def page(head: str, sections: Sections, result: dict) -> str:
     parts = [head]
     for name, section in result.items():
         origin = f"{section['date']}, {section['machine']}, torch {section['torch']}, {section['rounds']} rounds"
-        parts.append(f"## {name}\n\n{sections[name].__doc__} ({origin})\n\n{markdown(section['rows'])}\n")
+        about = " ".join((sections[name].__doc__ or "").split())
+        parts.append(f"## {name}\n\n{about} ({origin})\n\n{markdown(section['rows'])}\n")
     return "\n".join(parts)
 
 
