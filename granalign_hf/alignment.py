@@ -17,7 +17,7 @@ from transformers import BatchFeature
 
 from .maps import Box, on_grid, patch_box, visible_area, word_maps
 from .modeling.processing_granalign import read_image
-from .words import Word, check_caption, merge_pieces
+from .words import Word, check_caption, merge_pieces, words_within
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +67,12 @@ class Alignment:
         Raises:
             ValueError: no word touches the span.
         """
-        words = [word for word in self.words if max(word.start, start) < min(word.end, end)]
+        words = words_within(self.words, start, end)
         if not words:
             raise ValueError(
                 f"`start` and `end` must span at least a part of a word of {self.caption!r}, got {start} and {end}: "
                 f"{self.caption[start:end]!r}. Words that truncation cut off have no map."
             )
-        words = [word for word in words if word.is_content] or words
         return torch.stack([word.map for word in words]).mean(0)
 
     @property

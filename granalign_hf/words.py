@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 _FUNCTION_WORDS = """
     a an the this that these those some any each every either neither no another other others both all several many
@@ -48,6 +48,9 @@ class Word:
     is_special: bool = field(default=False, kw_only=True)
 
 
+_W = TypeVar("_W", bound=Word)
+
+
 def words_of(caption: str, tokenizer) -> list[Word]:
     """The words of a caption and the tokens that each consists of.
 
@@ -63,6 +66,12 @@ def words_of(caption: str, tokenizer) -> list[Word]:
     """
     check_caption(caption, tokenizer)
     return merge_pieces(caption, tokenizer(caption, truncation=True, return_offsets_mapping=True)["offset_mapping"])
+
+
+def words_within(words: Sequence[_W], start: int, end: int) -> list[_W]:
+    """The content words that touch the characters `start` to `end`; of all words there, if none has content."""
+    touched = [word for word in words if max(word.start, start) < min(word.end, end)]
+    return [word for word in touched if word.is_content] or touched
 
 
 def check_caption(caption: Any, tokenizer: Any) -> None:

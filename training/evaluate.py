@@ -1,6 +1,7 @@
-"""Checkpoint and data set -> recalls with intervals.
+"""Checkpoint and data set -> recalls with intervals; or where its words point, or whether it notices a wrong one.
 
 accelerate launch training/evaluate.py CHECKPOINT --dataset NAME --split test [--protocol NAME]
+accelerate launch training/evaluate.py CHECKPOINT --dataset NAME --split test --task {grounding,foils} --phrase_boxes NAME
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from granalign_hf.evaluation import bootstrap_interval
 from granalign_hf.model_card import write_model_card
 from granalign_hf.training.arguments import PRECISIONS, DataArguments
 from granalign_hf.training.data import CaptionedImages, load_split
+from granalign_hf.training.foils import foils_table, measure_foils
 from granalign_hf.training.leaks import find_leaks, leak_warning
 from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
+from granalign_hf.training.phrases import LocatedCaption, located_captions
+from granalign_hf.training.pointing import grounding_table, measure_grounding
 from granalign_hf.training.protocols import PROTOCOLS, gallery_ranks, mean_metrics, save_ranks
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import scored_split
@@ -38,6 +42,16 @@ class EvaluateArguments(DataArguments):
     """What to evaluate, and where to write it."""
 
     split: str = setting("test", "Split to evaluate on.")
+    task: str = setting(
+        "retrieval",
+        "retrieval: recalls of all pairs. grounding: the pointing game and saliencies on phrases with boxes. foils: whether "
+        "a wrong word in such a phrase is noticed.",
+    )
+    phrase_boxes: str | None = setting(
+        None,
+        "Hub name or folder of the boxes of phrases, with the columns filename, caption and phrases, of the same split. "
+        "Default: the column `phrases` of the data set.",
+    )
     protocol: str | None = setting(
         None, f"One of {', '.join(PROTOCOLS)}: refuses other splits and sizes. Default: the whole split as one gallery."
     )
@@ -46,7 +60,8 @@ class EvaluateArguments(DataArguments):
     matmul_precision: str = setting("highest", f"float32 products: {', '.join(PRECISIONS)} (see torch).")
     output: str | None = setting(
         None,
-        "File of the metrics. Default: metrics-SPLIT.json (or metrics-PROTOCOL.json; with the name of the data set if the "
+        "File of the figures. Default: metrics-SPLIT.json (or metrics-PROTOCOL.json, grounding-SPLIT.json, foils-SPLIT.json,"
+        " with the name of the data set if the "
         "checkpoint was trained on another) in the checkpoint's folder, or, for a Hub id, in the working one.",
     )
 
@@ -61,12 +76,20 @@ def main(argv: list[str] | None = None) -> dict:
     set_up_torch(args.matmul_precision, accelerator.num_processes)
     data = load_data(args, parser)
     model, processor = load_checkpoint(checkpoint, parser)
+    located = None if args.task == "retrieval" else load_phrases(args, data, parser)
     leaks = find_leaks(data, folder) if accelerator.is_main_process else []  # first: a broken record costs no evaluation
-    # Beside the metrics, so that an evaluation that was interrupted finds its finished blocks.
-    work = output.with_name(f"{output.stem}-unfinished")
+    model.to(accelerator.device)
     started = time.perf_counter()
-    with scored_split(model.to(accelerator.device), processor, data, args.batch_size, work) as (scores, diagnostics):
-        galleries = gallery_ranks(scores, data.caption_image_index, PROTOCOLS.get(args.protocol))
+    if located is None:
+        # Beside the metrics, so that an evaluation that was interrupted finds its finished blocks.
+        work = output.with_name(f"{output.stem}-unfinished")
+        with scored_split(model, processor, data, args.batch_size, work) as (scores, diagnostics):
+            galleries = gallery_ranks(scores, data.caption_image_index, PROTOCOLS.get(args.protocol))
+        intervals = {name: list(interval) for name, interval in bootstrap_interval(galleries).items()}
+        figures = {"metrics": mean_metrics(galleries), "intervals": intervals, "diagnostics": diagnostics}
+    else:
+        measure = measure_grounding if args.task == "grounding" else measure_foils
+        figures = measure(model, processor, data, located, args.batch_size)
     result = {
         "dataset": Path(args.dataset).name,
         "split": args.split,
@@ -78,21 +101,19 @@ def main(argv: list[str] | None = None) -> dict:
         "seconds": round(time.perf_counter() - started, 1),
         "date": datetime.date.today().isoformat(),
         "command": portable(shlex.join(["accelerate", "launch", "training/evaluate.py", *argv])),
-        "metrics": mean_metrics(galleries),
-        "intervals": {name: list(interval) for name, interval in bootstrap_interval(galleries).items()},
-        "diagnostics": diagnostics,
+        **figures,
     }
     if accelerator.is_main_process:
-        ranks = output.with_name(f"ranks-{output.stem.removeprefix('metrics-')}.npz")
         output.write_text(json.dumps(result, indent=2) + "\n")
-        # So that another checkpoint can be compared with this one by `paired_bootstrap` without evaluating it again.
-        save_ranks(ranks, galleries)
+        if located is None:
+            # So that another checkpoint can be compared with this one by `paired_bootstrap` without evaluating it again.
+            save_ranks(output.with_name(f"ranks-{output.stem.removeprefix('metrics-')}.npz"), galleries)
         if args.max_images is None and (folder / "metrics.json").is_file():
             write_model_card(folder)
-        print(table(result, args.protocol))
+        print(TABLES[args.task](result))
         if leaks:
             logger.warning(leak_warning(leaks, len(data)))
-        print(f"written to {output}, the rank of every query to {ranks.name} beside it")
+        print(f"written to {output}" + (", the rank of every query beside it" if located is None else ""))
     accelerator.end_training()
     return result
 
@@ -108,7 +129,11 @@ def parse_arguments(argv: list[str]) -> tuple[SettingsParser, EvaluateArguments,
     args, rest, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     problems = parser.unknown_fields(unknown, "on the command line")
     problems += range_problems(args, ["max_images", "batch_size"], "must be at least 1", lambda value: value >= 1)
-    problems += choice_problems(args, {"matmul_precision": PRECISIONS, "protocol": [*PROTOCOLS]})
+    problems += choice_problems(args, {"task": [*TABLES], "matmul_precision": PRECISIONS, "protocol": [*PROTOCOLS]})
+    if args.task == "retrieval" and args.phrase_boxes is not None:
+        problems.append("phrase_boxes has no effect: task is retrieval")
+    if args.task != "retrieval" and args.protocol is not None:
+        problems.append(f"protocol has no effect: task is {args.task}")
     if args.protocol is not None and args.max_images is not None:
         problems.append(f"protocol {args.protocol} takes all images of its split, so max_images must be left out")
     parser.refuse(problems)
@@ -122,7 +147,7 @@ def output_file(args: EvaluateArguments, folder: Path, parser: SettingsParser) -
     if not folder.is_dir() and not HUB_ID.fullmatch(str(folder)):
         parser.error(f"the checkpoint {folder} does not exist: it is no folder here, and no Hub id (owner/name)")
     place = folder if folder.is_dir() else Path()
-    output = Path(args.output or place / f"metrics-{measured_name(args, folder)}.json")
+    output = Path(args.output or place / f"{FILES[args.task]}-{measured_name(args, folder)}.json")
     if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK) or not output.parent.is_dir():
         parser.error(f"the output {output} cannot be written: name a file in an existing folder")
     if not folder.is_dir():
@@ -149,6 +174,14 @@ def load_data(args: EvaluateArguments, parser: SettingsParser) -> CaptionedImage
     return data
 
 
+def load_phrases(args: EvaluateArguments, data: CaptionedImages, parser: SettingsParser) -> list[LocatedCaption]:
+    try:
+        located = located_captions(data, args.phrase_boxes, args.split)
+    except ValueError as error:
+        parser.error(str(error))
+    return located
+
+
 def load_checkpoint(name: str, parser: SettingsParser) -> tuple[GranAlignModel, GranAlignProcessor]:
     try:
         model, processor = GranAlignModel.from_pretrained(name), GranAlignProcessor.from_pretrained(name)
@@ -162,16 +195,23 @@ def protocol_in_words(args: EvaluateArguments, data: CaptionedImages) -> str:
     num_captions = len(data.caption_image_index)
     if args.protocol is not None:
         return PROTOCOLS[args.protocol].describe(num_captions)
+    if args.task != "retrieval":
+        return f"{len(data)} images, the captions with phrases that have boxes"
     return f"{len(data)} images, {num_captions} captions, all pairs"
 
 
-def table(result: dict, protocol: str | None) -> str:
+def recalls_table(result: dict) -> str:
     """The metrics as lines of text, each with the name of its protocol and its 95 % interval over images."""
-    label = "" if protocol is None else f"{protocol} "
+    name_of_protocol, is_named, _ = result["protocol"].partition(": ")
+    label = f"{name_of_protocol} " if is_named else ""
     lines = [f"{result['dataset']} {result['split']}: {result['protocol']}"]
     for name, (low, high) in result["intervals"].items():
         lines.append(f"{label}{name:<20} {result['metrics'][name]:6.1f}   [{low:.1f}, {high:.1f}]")
     return "\n".join(lines)
+
+
+TABLES = {"retrieval": recalls_table, "grounding": grounding_table, "foils": foils_table}
+FILES = {"retrieval": "metrics", "grounding": "grounding", "foils": "foils"}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,229 @@
+"""Which word is wrong? Captions with one thing changed, made from located phrases alone, without a language model.
+
+A colour, a number or the head noun of a phrase that has boxes is replaced by another of its kind, or two phrases change
+places. A model that reads word by word scores the true caption higher, and gives the edited word the lowest share.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from granalign_hf.grounding import summarize_hits
+from granalign_hf.modeling.modeling_granalign import GranAlignModel
+from granalign_hf.modeling.processing_granalign import GranAlignProcessor
+from granalign_hf.training.data import CaptionedImages
+from granalign_hf.training.phrases import LocatedCaption, Phrase
+from granalign_hf.words import words_of, words_within
+
+COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray")
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
+MIN_COUNT = 5  # of a head noun in the split, so that it is a usual one
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Foil:
+    """A caption of image number `image`, and the same with something wrong.
+
+    Attributes:
+        kind: "colour", "number", "noun" or "swap". spans: characters of `wrong` that were edited.
+    """
+
+    image: int
+    kind: str
+    caption: str
+    wrong: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def make_foils(located: Sequence[LocatedCaption]) -> list[Foil]:
+    """Up to one foil of each kind for every caption; which one depends on the captions only.
+
+    A noun comes from a phrase of the same type of entity, ends in s as the other does or does not, and no caption of the
+    image has it.
+    """
+    nouns = _nouns(located)
+    foils = []
+    for number, group in itertools.groupby(located, key=lambda caption: caption.image):
+        captions = list(group)
+        said = {word for caption in captions for word in caption.caption.lower().split()}
+        for position, caption in enumerate(captions):
+            rng = np.random.default_rng((SEED, number, position))
+            for kind, edits in (
+                ("colour", _replaced(rng, caption, COLOURS, said)),
+                ("number", _replaced(rng, caption, NUMBERS, said)),
+                ("noun", _other_noun(rng, caption, nouns, said)),
+                ("swap", _swapped(rng, caption)),
+            ):
+                if edits:
+                    wrong, spans = _edited(caption.caption, edits)
+                    foils.append(Foil(number, kind, caption.caption, wrong, spans))
+    return foils
+
+
+Edits = list[tuple[int, int, str]]  # start, end, what stands there instead
+
+
+def _words(caption: str, phrase: Phrase) -> Iterator[tuple[int, int, str]]:
+    """Start, end and lower case of the words of a phrase."""
+    position = phrase.start
+    for word in caption[phrase.start : phrase.end].split(" "):
+        if word:
+            yield position, position + len(word), word.lower()
+        position += len(word) + 1
+
+
+def _replaced(rng: np.random.Generator, caption: LocatedCaption, words: Sequence[str], said: set[str]) -> Edits:
+    places = [place for phrase in caption.phrases for place in _words(caption.caption, phrase) if place[2] in words]
+    others = [word for word in words if word not in said]
+    if not places or not others:
+        return []
+    start, end, _ = places[rng.integers(len(places))]
+    return [(start, end, others[rng.integers(len(others))])]
+
+
+def _head(caption: str, phrase: Phrase) -> tuple[int, int, str]:
+    return [*_words(caption, phrase)][-1]
+
+
+def _nouns(located: Sequence[LocatedCaption]) -> dict[tuple[str, bool], list[str]]:
+    """Type of entity and whether it ends in s -> the usual head nouns of its phrases."""
+    counts: dict[tuple[str, bool], Counter] = {}
+    for caption in located:
+        for phrase in caption.phrases:
+            head = _head(caption.caption, phrase)[2]
+            for kind in phrase.types:
+                counts.setdefault((kind, head.endswith("s")), Counter())[head] += 1
+    return {
+        key: sorted(noun for noun, count in of_kind.items() if count >= MIN_COUNT and noun.isalpha())
+        for key, of_kind in counts.items()
+    }
+
+
+def _other_noun(rng: np.random.Generator, caption: LocatedCaption, nouns: dict, said: set[str]) -> Edits:
+    typed = [phrase for phrase in caption.phrases if phrase.types]
+    if not typed:
+        return []
+    phrase = typed[rng.integers(len(typed))]
+    start, end, head = _head(caption.caption, phrase)
+    others = [noun for noun in nouns.get((phrase.types[0], head.endswith("s")), []) if noun not in said]
+    return [(start, end, others[rng.integers(len(others))])] if others and head.isalpha() else []
+
+
+def _swapped(rng: np.random.Generator, caption: LocatedCaption) -> Edits:
+    phrases = sorted(caption.phrases, key=lambda phrase: phrase.start)
+    pairs = [
+        (a, b)
+        for a, b in itertools.combinations(phrases, 2)
+        if a.end <= b.start and caption.caption[a.start : a.end].lower() != caption.caption[b.start : b.end].lower()
+    ]
+    if not pairs:
+        return []
+    first, second = pairs[rng.integers(len(pairs))]
+    return [
+        (first.start, first.end, caption.caption[second.start : second.end]),
+        (second.start, second.end, caption.caption[first.start : first.end]),
+    ]
+
+
+def _edited(caption: str, edits: Edits) -> tuple[str, tuple[tuple[int, int], ...]]:
+    text, position, spans = "", 0, []
+    for start, end, new in sorted(edits):
+        text += caption[position:start]
+        spans.append((len(text), len(text) + len(new)))
+        text, position = text + new, end
+    return text + caption[position:], tuple(spans)
+
+
+class _Answer(NamedTuple):
+    number: int
+    kind: str
+    is_preferred: bool  # the true caption
+    is_found: bool  # an edited word has the lowest share of the content words
+    chance: float  # of finding one blindly
+
+
+@torch.no_grad()
+def measure_foils(
+    model: GranAlignModel,
+    processor: GranAlignProcessor,
+    data: CaptionedImages,
+    located: Sequence[LocatedCaption],
+    batch_size: int,
+) -> dict[str, Any]:
+    """How often the true caption scores higher, and how often the edited word has the lowest share.
+
+    Returns:
+        `foils`: kind ("all" first) -> `preferred` in percent with its `low` and `high` over images, `number`, `found` with
+        `found_low` and `found_high`, and `chance`, the mean share of content words that are edited. Equal scores count
+        against the model.
+    """
+    state = PartialState()
+    model.eval()
+    foils = make_foils(located)
+    if not foils:
+        raise ValueError("No foil can be made: the phrases have no colour, number, usual noun or second phrase.")
+    by_image = [list(group) for _, group in itertools.groupby(foils, key=lambda foil: foil.image)]
+    mine = by_image[state.process_index :: state.num_processes]
+    answers = []
+    with tqdm(total=len(mine), desc="images", disable=not state.is_main_process) as bar:
+        for start in range(0, len(mine), batch_size):
+            groups = mine[start : start + batch_size]
+            pictures = [data.image(group[0].image) for group in groups]
+            image = model.get_image_features(**processor(images=pictures, return_tensors="pt").to(model.device))
+            texts = [text for group in groups for foil in group for text in (foil.caption, foil.wrong)]
+            text = model.get_text_features(**processor(text=texts, return_tensors="pt").to(model.device))
+            row = 0
+            for index, group in enumerate(groups):
+                for foil in group:
+                    answers.append(_answer(model, processor.tokenizer, image, text, index, row, foil))
+                    row += 2
+            bar.update(len(groups))
+    return _summary(sorted(gather_object(answers)))
+
+
+def _answer(model, tokenizer, image, text, index: int, row: int, foil: Foil) -> _Answer:
+    right, wrong = (model.explain(image, text, index, caption) for caption in (row, row + 1))
+    shares = wrong.patch_shares.sum(dim=1).cpu()
+    words = [word for word in words_of(foil.wrong, tokenizer) if word.is_content]
+    edited = {word for start, end in foil.spans for word in words_within(words, start, end)}
+    lowest = min(words, key=lambda word: shares[list(word.tokens)].sum().item(), default=None)
+    chance = len(edited) / len(words) if words else 0.0
+    return _Answer(foil.image, foil.kind, right.score > wrong.score, lowest in edited, chance)
+
+
+def _summary(answers: list[_Answer]) -> dict[str, Any]:
+    owners, kinds, preferred, found, chance = (list(column) for column in zip(*answers, strict=True))
+    of_scores, of_words, blind = (
+        summarize_hits(np.array(values, float), owners, kinds) for values in (preferred, found, chance)
+    )
+    return {
+        "foils": {
+            kind: {
+                **{"preferred": row.accuracy, "low": row.low, "high": row.high, "number": row.num_phrases},
+                **{"found": of_words[kind].accuracy, "found_low": of_words[kind].low, "found_high": of_words[kind].high},
+                "chance": blind[kind].accuracy,
+            }
+            for kind, row in of_scores.items()
+        }
+    }
+
+
+def foils_table(result: dict[str, Any]) -> str:
+    """The figures as lines of text."""
+    lines = [f"{'foils':<8}{'number':>8}{'true caption higher':>30}{'edited word lowest':>30}{'by chance':>12}"]
+    for kind, row in result["foils"].items():
+        preferred = f"{row['preferred']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+        found = f"{row['found']:.1f} [{row['found_low']:.1f}, {row['found_high']:.1f}]"
+        lines.append(f"{kind:<8}{row['number']:>8}{preferred:>30}{found:>30}{row['chance']:>12.1f}")
+    return "\n".join(lines)
