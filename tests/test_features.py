@@ -1,13 +1,16 @@
 """Features of frozen encoders: the same scores as from pixels, a cache that is never stale or half-written."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
+from accelerate import PartialState
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
+from processes import run_processes
 from tiny import PATCHES, tiny_model, tiny_processor
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -21,6 +24,10 @@ CAPTIONS = [["a red dog", "dog"], ["two blue cats on the square"], ["green"]]
 
 @pytest.fixture
 def data():
+    return pictures()
+
+
+def pictures() -> CaptionedImages:
     """Three pictures in two columns, `image` and `other`."""
     rng = np.random.default_rng(0)
     noise = [[PILImage.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)) for _ in CAPTIONS] for _ in range(2)]
@@ -54,6 +61,26 @@ def test_scores_are_those_from_pixels(data, vision, tmp_path):
     assert torch.isfinite(model(**batch, return_loss=True).loss)
     reversed_images = features.FeatureImages(stored, 0, seed=0, caption_order=order[::-1])
     assert reversed_images[0]["captions"].tolist() == order[::-1][: len(data.captions[0])].tolist()
+
+
+def compute(rank: int, folder: Path) -> None:
+    PartialState(cpu=True)
+    features = token_features(shared_model(), tiny_processor(), pictures(), folder, batch_size=1)
+    assert features.image_hidden[rank].any()
+
+
+def shared_model():
+    torch.manual_seed(0)
+    return tiny_model()
+
+
+def test_processes_share_the_work(data, tmp_path):
+    run_processes(compute, 2, tmp_path / "two")
+    token_features(shared_model(), tiny_processor(), data, tmp_path / "one", batch_size=1)
+    (shared,), (alone,) = ([*(tmp_path / name).iterdir()] for name in ("two", "one"))
+    assert shared.name == alone.name
+    for file in alone.iterdir():
+        np.testing.assert_array_equal(np.load(shared / file.name), np.load(file), file.name)
 
 
 def test_another_picture_column_or_rule_is_another_cache(data, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
 from granalign_hf.training import train
+from granalign_hf.training.arguments import RunArguments
+from granalign_hf.training.launch import _deepspeed_problems
 from granalign_hf.training.states import States
 
 CONFIGS = Path(train.__file__).parent / "accelerate_configs"
@@ -173,6 +176,30 @@ def test_deepspeed_config_is_what_the_plugin_reads(monkeypatch):
     given = yaml.safe_load((CONFIGS / "deepspeed_zero2.yaml").read_text())["deepspeed_config"]
     assert {*given} - {"deepspeed_multinode_launcher"} <= {*fields}
     assert (args.use_deepspeed, args.zero_stage, args.gradient_clipping) == (True, 2, 2.0)
+
+
+def test_what_was_launched_must_not_contradict_the_run(tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # of the config of `accelerate launch`
+    with pytest.raises(
+        ValueError, match=r"`gradient_accumulation_steps` is 1 in the settings of the run and 4 in the config"
+    ):
+        train.main([*RUN, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"micro_batch_size": 2}, "`micro_batch_size` does not work under DeepSpeed"),
+        ({"streaming": True}, "`streaming` does not work under DeepSpeed"),
+        ({"max_grad_norm": 1.0}, "`max_grad_norm` is 1.0 in the settings of the run and `gradient_clipping` 2.0"),
+    ],
+)
+def test_what_deepspeed_cannot_do_or_decides_alone_is_refused(settings, message):
+    plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": 2.0})
+    assert not _deepspeed_problems(RunArguments(), plugin)
+    (problem,) = _deepspeed_problems(RunArguments(**settings), plugin)
+    assert message in problem
 
 
 def test_worked_example_of_several_machines_is_understood():

@@ -55,10 +55,15 @@ class DataArguments:
     image_id_column: str | None = setting(None, "Column that names the image. Default: found by name.")
 
     @property
+    def columns(self) -> dict[str, str | None]:
+        """What is named of the columns, as `find_columns` takes it."""
+        names = ("image_column", "image_folder", "features_column", "caption_column", "image_id_column")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def load_options(self) -> dict[str, str | None]:
         """The keyword arguments of `load_split`."""
-        names = ("split_column", "image_column", "image_folder", "features_column", "caption_column", "image_id_column")
-        return {"config": self.dataset_config, **{name: getattr(self, name) for name in names}}
+        return {"config": self.dataset_config, "split_column": self.split_column, **self.columns}
 
 
 @dataclass

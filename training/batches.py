@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from granalign_hf.training.data import CaptionedImages
+from granalign_hf.training.pictures import UnreadableImageError
 
 
 class TrainingSet(Dataset):
@@ -65,7 +68,18 @@ class TrainingImages(TrainingSet):
         return len(self.data)
 
     def __getitem__(self, number: int) -> dict:
-        return self.item(number, self.data.image_ids[number], self.data.image(number), self.data.captions[number])
+        with hint_at_corrupt_share():
+            image = self.data.image(number)
+        return self.item(number, self.data.image_ids[number], image, self.data.captions[number])
+
+
+@contextmanager
+def hint_at_corrupt_share() -> Iterator[None]:
+    """For a run that ends with the first image that cannot be read."""
+    try:
+        yield
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{error} Mend or remove it, or leave out a share with `max_corrupt_share`.") from error
 
 
 def draw_captions(rng: np.random.Generator, captions: list[str], count: int) -> np.ndarray:

@@ -5,41 +5,63 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from granalign_hf.evaluation import RetrievalRanks
 from granalign_hf.model_card import write_model_card
+from granalign_hf.modeling.modeling_granalign import GranAlignModel
+from granalign_hf.modeling.processing_granalign import GranAlignProcessor
+from granalign_hf.training.arguments import RunArguments
+from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
 from granalign_hf.training.states import flush, one_clear_error, write_whole
+from granalign_hf.training.streams import StreamedImages
 from granalign_hf.training.tuning import merged_state
 
-if TYPE_CHECKING:
-    from granalign_hf.training.train import Training
-
 # What tells of the weights of before, and these.
-REPLACED = ("metrics*.json", "ranks-*.npz", "uncertainty-*.json", "demo.png", "README.md", "model*.safetensors*")
+REPLACED = (
+    *("metrics*.json", "ranks-*.npz", "uncertainty-*.json", "grounding-*.json", "foils-*.json", "demo.png", "README.md"),
+    "model*.safetensors*",
+)
 
 
-def keep_best(training: Training, command: str, state: dict, ranks: RetrievalRanks) -> None:
-    """Writes the checkpoint, and the rank of every query, if the last epoch is the best on validation; the record always."""
-    output, record = Path(training.run.output_dir), state["history"][-1]
-    best = max((r for r in state["history"] if "validation" in r), key=lambda r: r["validation"]["rsum"])
-    if best is record:
-        state["best_epoch"] = record["epoch"]
-    if not training.accelerator.is_main_process:
-        return
+def best_record(history: list[dict]) -> dict:
+    """Of the first epoch with the highest rSum on validation."""
+    return max((record for record in history if "validation" in record), key=lambda record: record["validation"]["rsum"])
+
+
+def keep_best(
+    run: RunArguments,
+    command: str,
+    model: GranAlignModel,
+    processor: GranAlignProcessor,
+    train_data: CaptionedImages | StreamedImages,
+    state: dict,
+    ranks: RetrievalRanks,
+) -> None:
+    """Writes the checkpoint, and the rank of every query, if the last epoch is the best on validation; the record always.
+
+    Args:
+        command: that started the run. state: of the run, its last epoch in it. ranks: of that epoch.
+
+    Raises:
+        OSError: it cannot be written; what was there before is.
+    """
+    output, record = Path(run.output_dir), state["history"][-1]
     with one_clear_error("best checkpoint", output):
-        if best is record:
+        if best_record(state["history"]) is record:
             new = output / "checkpoint-unfinished"
             shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
-            save_checkpoint(training.whole_model, training.processor, new)
-            save_ranks(new / f"ranks-{training.run.validation_split}.npz", [ranks])
+            save_checkpoint(model, processor, new)
+            save_ranks(new / f"ranks-{run.validation_split}.npz", [ranks])
             replace_checkpoint(output, new)
-        write_metrics(output, training, command, state)
+        metrics = run_record(run, command, model.config, train_data, state)
+        write_whole(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        plot_history(state["history"], output / "learning_curve.png")
+        write_model_card(output)
     tqdm.write(f"epoch {record['epoch']}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
 
 
@@ -62,11 +84,3 @@ def replace_checkpoint(output: Path, new: Path) -> None:
     for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(output / path.name)
     new.rmdir()
-
-
-def write_metrics(output: Path, training: Training, command: str, state: dict) -> None:
-    """metrics.json, the learning curve and the card beside the best checkpoint."""
-    record = run_record(training.run, command, training.plain_model.config, training.train_data, state)
-    write_whole(output / "metrics.json", json.dumps(record, indent=2) + "\n")
-    plot_history(state["history"], output / "learning_curve.png")
-    write_model_card(output)

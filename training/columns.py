@@ -35,7 +35,14 @@ def find_columns(
     image_folder: str | None = None,
     features_column: str | None = None,
 ) -> Columns:
-    """The columns of a data set, each as named or found by type and name; arguments as `load_split`.
+    """The columns of a data set, each as named or found by type and name.
+
+    Args:
+        image_column: of pictures, or of their names. caption_column: of a caption or several. image_id_column: what tells
+            images apart.
+        image_folder: where the pictures lie if the data set has their names only, in `image_column`, `filename` or
+            `file_name`, and maybe their folder in there as `filepath`.
+        features_column: of the features of regions. Default: `features`, where there is no column of images.
 
     Raises:
         ValueError: no such column, or one of another type.

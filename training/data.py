@@ -98,14 +98,10 @@ def load_split(
     name: str,
     split: str,
     config: str | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    image_id_column: str | None = None,
     split_column: str | None = None,
-    image_folder: str | None = None,
-    features_column: str | None = None,
     num_scenes: int = NUM_EVAL_SCENES,
     streaming: bool = False,
+    **columns: str | None,
 ) -> CaptionedImages:
     """A split of a Hub data set, of a folder, of a `save_to_disk` folder, or of the drawn `scenes`.
 
@@ -116,13 +112,10 @@ def load_split(
 
     Args:
         name: Hub name or folder. split: its name; `train+restval` joins two. config: where the data set has several.
-        image_column, caption_column, image_id_column: default: found by type and name.
         split_column: names the split of each row, in a data set of one table. Default: `split`, where that has the split.
-        image_folder: where the pictures lie if the data set has their names only, in `image_column`, `filename` or
-            `file_name`, and maybe their folder in there as `filepath`.
-        features_column: of the features of regions. Default: `features`, where there is no column of images.
         num_scenes: images of the drawn scenes.
         streaming: read into memory as a stream, without a copy on disk.
+        columns: `image_column`, `caption_column` and so on, see [`find_columns`].
 
     Raises:
         ValueError: no such data set, split or column, a column of another type, or a row without a caption, image or image
@@ -132,23 +125,21 @@ def load_split(
         table = read_stream(name, split, config, split_column)
     else:
         table = load_table(name, split, config, split_column, num_scenes)
-    columns = find_columns(
-        table.features, name, image_column, caption_column, image_id_column, image_folder, features_column
-    )
+    found = find_columns(table.features, name, **columns)
     roots = picture_roots(name)
-    if image_folder is not None:
-        table, columns = _with_pictures(table, name, image_folder, columns)
+    if (image_folder := columns.get("image_folder")) is not None:
+        table, found = _with_pictures(table, name, image_folder, found)
         roots = (image_folder,)
-    values = list(table[columns.caption])
-    texts = [captions_of(value, row, f"`{columns.caption}` of {name} ({split})") for row, value in enumerate(values)]
-    ids = _image_ids(table, columns.image, columns.image_id, is_one_caption=isinstance(values[0], str))
+    values = list(table[found.caption])
+    texts = [captions_of(value, row, f"`{found.caption}` of {name} ({split})") for row, value in enumerate(values)]
+    ids = _image_ids(table, found.image, found.image_id, is_one_caption=isinstance(values[0], str))
     images: dict[str, tuple[int, list[str]]] = {}
     for row, (image_id, captions) in enumerate(zip(ids, texts, strict=True)):
         images.setdefault(image_id, (row, []))[1].extend(captions)
     rows, grouped = zip(*images.values(), strict=True)
-    if not isinstance(table.features[columns.image], Image):
-        table = table.with_format("numpy", columns=[columns.image])  # as Python lists they take several times as long
-    return CaptionedImages(table, columns.image, list(rows), list(images), list(grouped), roots)
+    if not isinstance(table.features[found.image], Image):
+        table = table.with_format("numpy", columns=[found.image])  # as Python lists they take several times as long
+    return CaptionedImages(table, found.image, list(rows), list(images), list(grouped), roots)
 
 
 def drawn_scenes(num_scenes: int, seed: int, num_distractors: int) -> CaptionedImages:

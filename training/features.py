@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -72,7 +75,7 @@ def token_features(
     batch_size: int,
     is_quiet: bool = False,
 ) -> TokenFeatures:
-    """Reads the features of a split, or computes and stores them.
+    """Reads the features of a split, or computes and stores them, all processes together.
 
     Their key is made of the encoders' weights, the preprocessing, the precision of products and the data, picture files
     included (by size and time of their last change), so that a stale cache is never read. A cache
@@ -82,22 +85,39 @@ def token_features(
         ValueError: an encoder's output is not finite or too large for float16; the message names the image or caption.
     """
     folder = folder / fingerprint((model.vision_model, model.text_model), processor, data)
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as workplace:
-            new = Path(workplace) / "features"
-            new.mkdir()
-            _compute(model, processor, data, new, batch_size, is_quiet)
-            try:
-                os.replace(new, folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another run was faster, with the same features
-                    raise
+    state = PartialState()
+    with _workplace(folder) if state.is_main_process else nullcontext() as own:
+        (workplace,) = broadcast_object_list([own])
+        if workplace is not None:
+            _compute(model, processor, data, workplace, batch_size, is_quiet, state)
+            if state.is_main_process:
+                _put(workplace, folder)
+    state.wait_for_everyone()
     arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("image_hidden", "word_hidden")}
     arrays |= {n: np.load(folder / f"{n}.npy") for n in ("word_ids", "word_offsets")}
     height, width = np.load(folder / "image_size.npy").tolist()
     first_caption = np.concatenate([[0], np.cumsum([len(captions) for captions in data.captions])])
     return TokenFeatures(data, image_size=(height, width), first_caption=first_caption, **arrays)
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path | None]:
+    """A new folder of this run alone beside one that is not there, else `None`."""
+    if folder.is_dir():
+        yield None
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as outer:
+        (Path(outer) / "features").mkdir()
+        yield Path(outer) / "features"
+
+
+def _put(new: Path, folder: Path) -> None:
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another run was faster, with the same features
+            raise
 
 
 def fingerprint(models: Iterable[PreTrainedModel], processor: GranAlignProcessor, data: CaptionedImages) -> str:
@@ -134,7 +154,10 @@ def _picture_files(data: CaptionedImages) -> list[tuple]:
 
 
 @torch.no_grad()
-def _compute(model, processor, data: CaptionedImages, folder: Path, batch_size: int, is_quiet: bool) -> None:
+def _compute(
+    model, processor, data: CaptionedImages, folder: Path, batch_size: int, is_quiet: bool, state: PartialState
+) -> None:
+    """Every process has its turn with the batches, and writes into the same files."""
     device = model.device
     model.eval()
 
@@ -142,30 +165,40 @@ def _compute(model, processor, data: CaptionedImages, folder: Path, batch_size: 
         pixels = processor.image_processor([data.image(n) for n in numbers], return_tensors="pt")["pixel_values"]
         return pixels.to(device)
 
+    def own_starts(total: int, step: int, title: str) -> Iterable[int]:
+        starts = range(0, total, step)[state.process_index :: state.num_processes]
+        return tqdm(starts, desc=title, disable=is_quiet)
+
     first = pixel_values(range(1))
-    np.save(folder / "image_size.npy", np.array(first.shape[-2:]))
-    shape = (len(data), *model.vision_model(first).last_hidden_state.shape[1:])
-    images = np.lib.format.open_memmap(folder / "image_hidden.npy", "w+", np.float16, shape)
-    for start in tqdm(range(0, len(data), batch_size), desc="image features", disable=is_quiet):
+    captions = data.all_captions
+    ids = processor.tokenizer(captions, truncation=True)["input_ids"]
+    offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
+    shapes = {
+        "image_hidden": (len(data), *model.vision_model(first).last_hidden_state.shape[1:]),
+        "word_hidden": (int(offsets[-1]), model.config.text_config.hidden_size),
+    }
+    if state.is_main_process:
+        np.save(folder / "image_size.npy", np.array(first.shape[-2:]))
+        np.save(folder / "word_ids.npy", np.concatenate(ids))
+        np.save(folder / "word_offsets.npy", offsets)
+        for name, shape in shapes.items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+    state.wait_for_everyone()
+    images, words = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in shapes)
+    for start in own_starts(len(data), batch_size, "image features"):
         numbers = range(start, min(start + batch_size, len(data)))
         hidden = model.vision_model(pixel_values(numbers)).last_hidden_state
         images[start : start + len(numbers)] = _to_half(hidden, [f"image `{data.image_ids[n]}`" for n in numbers])
     images.flush()
-    captions = data.all_captions
-    ids = processor.tokenizer(captions, truncation=True)["input_ids"]
-    offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
-    shape = (int(offsets[-1]), model.config.text_config.hidden_size)
-    words = np.lib.format.open_memmap(folder / "word_hidden.npy", "w+", np.float16, shape)
     by_length = np.argsort([len(i) for i in ids], kind="stable")
-    for start in tqdm(range(0, len(ids), 4 * batch_size), desc="caption features", disable=is_quiet):
+    for start in own_starts(len(ids), 4 * batch_size, "caption features"):
         chosen = by_length[start : start + 4 * batch_size]
         batch = processor.tokenizer.pad({"input_ids": [ids[n] for n in chosen]}, return_tensors="pt").to(device)
         hidden = model.text_model(**batch).last_hidden_state.masked_fill(~batch["attention_mask"].bool()[..., None], 0)
         for number, tokens in zip(chosen, _to_half(hidden, [f"caption {captions[n]!r}" for n in chosen]), strict=True):
             words[offsets[number] : offsets[number + 1]] = tokens[: len(ids[number])]
     words.flush()
-    np.save(folder / "word_ids.npy", np.concatenate(ids))
-    np.save(folder / "word_offsets.npy", offsets)
+    state.wait_for_everyone()
 
 
 def _to_half(hidden: Tensor, names: list[str]) -> np.ndarray:

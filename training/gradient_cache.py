@@ -72,8 +72,12 @@ class CachedTokens:
         for values in self.tokens.values():
             values.requires_grad_(values.is_floating_point())
 
-    def backward(self) -> None:
-        """Adds the gradients of the parameters, of the sum of the losses of all processes, to what they have."""
+    def backward(self, weight: float = 1.0) -> None:
+        """Adds the gradients of the parameters, of the sum of the losses of all processes, to what they have.
+
+        Args:
+            weight: of these gradients, beside the share that the accelerator gives each step of an accumulation.
+        """
         gradients: list[dict[str, Tensor]] = [{} for _ in self.parts]
         for name, values in self.tokens.items():
             if values.grad is not None:
@@ -86,7 +90,7 @@ class CachedTokens:
             with nullcontext() if is_last else self.accelerator.no_sync(self.encoder):
                 tokens = self.encoder(part) if self.with_graph is None else self.with_graph
                 # Processes average their gradients, but the loss is the sum of their parts.
-                self.accelerator.backward(self.accelerator.num_processes * _surrogate(tokens, of_part))
+                self.accelerator.backward(weight * self.accelerator.num_processes * _surrogate(tokens, of_part))
 
 
 def _surrogate(tokens: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:

@@ -27,7 +27,8 @@ def training_data(run: RunArguments, accelerator: Accelerator) -> CaptionedImage
     same = ("captions_per_image", "crop_scale", "seed", "batch_size", "steps_per_epoch", "shuffle_buffer", "num_workers")
     settings = {name: getattr(run, name) for name in (*same, "max_corrupt_share")}
     process = (accelerator.process_index, accelerator.num_processes)
-    return StreamedImages.open(run.dataset, run.train_split, **run.load_options, **settings, process=process)
+    source = (run.dataset, run.train_split, run.dataset_config, run.split_column, run.columns)
+    return StreamedImages.open(*source, **settings, process=process)
 
 
 class Shuffled(RandomSampler):

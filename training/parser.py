@@ -1,23 +1,30 @@
-"""The parser of settings: dataclasses as options, every problem in one message of a line or two."""
+"""The parser of settings: dataclasses as options, every problem in one message, a line for each."""
 
 from __future__ import annotations
 
 import difflib
 import sys
 import typing
-from argparse import ArgumentTypeError
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 
 from transformers import HfArgumentParser
 
 
+class _Help(ArgumentDefaultsHelpFormatter):
+    """Tells no default of `None`: the text says what is done then."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class SettingsParser(HfArgumentParser):
-    """Fields of dataclasses as options; an error is a line or two, without a list of all options."""
+    """Fields of dataclasses as options; an error is a line for each problem, without a list of all options."""
 
     def __init__(self, dataclass_types, description: str):
         self.wrong_values: list[str] = []
-        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+        super().__init__(dataclass_types, description=description, allow_abbrev=False, formatter_class=_Help)
 
     def add_argument(self, *names, **options):
         """As in argparse, but a value of the wrong type is noted and the default taken, so that others are seen too."""
@@ -34,15 +41,17 @@ class SettingsParser(HfArgumentParser):
         return super().add_argument(*names, **(options if convert is None else options | {"type": converted}))
 
     def error(self, message: str) -> typing.NoReturn:
-        message = "; ".join([*self.wrong_values, message])
-        print(f"{self.prog}: error: {message}\n(--help lists all fields)", file=sys.stderr)
-        raise SystemExit(2)
+        self.refuse([message])
+        raise AssertionError  # there was a problem
 
     def refuse(self, problems: Sequence[str]) -> None:
         """Ends the program with all the problems, if there are any."""
-        if problems or self.wrong_values:
-            problems, self.wrong_values = [*self.wrong_values, *problems], []
-            self.error("; ".join(problems))
+        problems, self.wrong_values = [*self.wrong_values, *problems], []
+        if not problems:
+            return
+        told = problems[0] if len(problems) == 1 else "\n".join([f"{len(problems)} problems", *(f"- {p}" for p in problems)])
+        print(f"{self.prog}: error: {told}\n(--help lists all fields)", file=sys.stderr)
+        raise SystemExit(2)
 
     def unknown_fields(self, unknown: Sequence[str], where: str) -> list[str]:
         """A line on words that are no field, if there are any; it names the field that was likely meant."""

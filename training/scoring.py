@@ -36,11 +36,11 @@ from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.features import TokenFeatures, fingerprint
 from granalign_hf.uncertainty import entropy_bounds, has_standard_errors, standard_errors
 
-IMAGE_FIELDS = (
+IMAGE_TOKENS = (
     "patch_embeds", "patch_mask", "patch_saliency", "patch_logits", "region_assignment", "region_weights", "region_means",
     "region_log_vars", "region_embeds",
 )  # fmt: skip
-TEXT_FIELDS = ("word_embeds", "word_mask", "word_saliency")
+TEXT_TOKENS = ("word_embeds", "word_mask", "word_saliency")
 IMAGES_PER_BLOCK = 128
 CAPTIONS_PER_BLOCK = 512
 SALIENCIES = ("patch_saliency", "word_saliency")
@@ -78,7 +78,7 @@ class Encoder:
         steps = [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
         parts = [self._image_step(step) for step in steps]
         return SimpleNamespace(
-            **{name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in IMAGE_FIELDS}
+            **{name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in IMAGE_TOKENS}
         )
 
     def _image_step(self, numbers: range) -> dict:
@@ -89,7 +89,7 @@ class Encoder:
         else:
             inputs = send_to_device(self.features.images(numbers), self.model.device)
         image = self.model.get_image_features(**inputs)
-        return {name: image.get(name) for name in IMAGE_FIELDS}
+        return {name: image.get(name) for name in IMAGE_TOKENS}
 
     def captions(self, numbers: Sequence[int], texts: list[str]) -> SimpleNamespace:
         """Captions of a block: their numbers in the split, and what they say."""
@@ -98,7 +98,7 @@ class Encoder:
         else:
             inputs = send_to_device(self.features.captions(numbers), self.model.device)
         text = self.model.get_text_features(**inputs)
-        return SimpleNamespace(**{name: text.get(name) for name in TEXT_FIELDS})
+        return SimpleNamespace(**{name: text.get(name) for name in TEXT_TOKENS})
 
 
 class Captions(NamedTuple):

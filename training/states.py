@@ -15,17 +15,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import RNG_STATE_NAME, load
 from safetensors import SafetensorError
 from torch.distributed.fsdp import StateDictType
 
-if TYPE_CHECKING:
-    from granalign_hf.training.train import Training
+from granalign_hf.training.arguments import RunArguments
 
 logger = get_logger(__name__)
 # Settings that may change when a run goes on: they leave its steps as they are.
@@ -153,17 +150,16 @@ def refuse_to_replace(folder: Path) -> None:
             )
 
 
-def run_settings(training: Training, fields: dict) -> dict:
+def run_settings(run: RunArguments, fields: dict, num_processes: int, batches_per_epoch: int) -> dict:
     """What decides on the steps of a run, as JSON has it: all settings and how the work is shared out.
 
     Args:
         fields: of `GranAlignConfig`, as given.
     """
-    shares = {"num_processes": training.accelerator.num_processes, "batches_per_epoch": len(training.loader)}
-    settings = {**dataclasses.asdict(training.run), **fields, **shares}
-    if not isinstance(training.loader.dataset, torch.utils.data.IterableDataset):
+    settings = {**dataclasses.asdict(run), **fields}
+    if not run.streaming:
         del settings["num_workers"]  # a stream alone is shared out by it
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(settings | {"num_processes": num_processes, "batches_per_epoch": batches_per_epoch}))
 
 
 def refuse_another_run(folder: Path, before: dict, now: dict) -> None:

@@ -18,7 +18,7 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image as PILImage
 from torch.utils.data import IterableDataset, get_worker_info
 
-from granalign_hf.training.batches import TrainingSet
+from granalign_hf.training.batches import TrainingSet, hint_at_corrupt_share
 from granalign_hf.training.columns import (
     FOLDER_COLUMN,
     Columns,
@@ -81,23 +81,19 @@ class StreamedImages(TrainingSet, IterableDataset):
         cls,
         name: str,
         split: str,
-        *,
         config: str | None = None,
         split_column: str | None = None,
-        image_column: str | None = None,
-        caption_column: str | None = None,
-        image_id_column: str | None = None,
-        image_folder: str | None = None,
-        features_column: str | None = None,
+        columns: dict[str, str | None] | None = None,
         **settings,
     ) -> StreamedImages:
-        """The images of a split of a Hub data set or folder; arguments as `load_split`, and those of the class.
+        """The images of a split of a Hub data set or folder. Arguments as of `load_split`; `settings` of the class.
 
         Raises:
             ValueError: no such data set, split or column, or nothing to stream.
         """
+        columns = columns or {}
         stream, features = open_stream(name, split, config, split_column)
-        found = find_columns(features, name, image_column, caption_column, image_id_column, image_folder, features_column)
+        found, image_folder = find_columns(features, name, **columns), columns.get("image_folder")
         has_pictures = image_folder is not None or isinstance(features[found.image], Image)
         return cls(stream, found, has_pictures, name, image_folder=image_folder, **settings)
 
@@ -131,7 +127,7 @@ class StreamedImages(TrainingSet, IterableDataset):
         rows = self._rows(part, parts)
         if self.max_corrupt_share == 0:
             # No row is left out, so that none needs to be decoded to be counted.
-            return map(self._decode, itertools.islice(rows, epoch * count, None))
+            return self._all(itertools.islice(rows, epoch * count, None))
         images = self._readable(rows, worker)
         for _ in range(epoch):
             self._num_corrupt[worker] = 0
@@ -153,6 +149,12 @@ class StreamedImages(TrainingSet, IterableDataset):
                 raise ValueError(
                     f"The stream of {self.name} has no row for one of {parts} processes and workers. Lower `num_workers`."
                 )
+
+    def _all(self, rows: Iterator[dict]) -> Iterator[_Image]:
+        for row in rows:
+            with hint_at_corrupt_share():
+                image = self._decode(row)
+            yield image
 
     def _readable(self, rows: Iterator[dict], worker: int) -> Iterator[_Image]:
         """Without those that cannot be read.

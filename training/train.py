@@ -13,23 +13,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from signal import SIGINT
 
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    broadcast,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -39,13 +30,14 @@ from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments, parse_arguments
 from granalign_hf.training.batches import Collator, TrainingImages, TrainingSet, noisy_order
 from granalign_hf.training.build import build
-from granalign_hf.training.checkpointing import keep_best
+from granalign_hf.training.checkpointing import best_record, keep_best
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.distributed import shared_loss
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.finite import Rollback, check_finite, may_overflow
 from granalign_hf.training.gradient_cache import CachedTokens, TokenEncoder
 from granalign_hf.training.interruption import Interruption, end_training
+from granalign_hf.training.launch import start_accelerator
 from granalign_hf.training.leaks import save_training_images
 from granalign_hf.training.loaders import prepare, training_data, training_loader
 from granalign_hf.training.observing import epoch_means, log_step, log_validation, log_word_maps, start_trackers
@@ -100,7 +92,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     Raises:
         SystemExit: a setting is wrong, or SIGTERM or Ctrl-C has ended the run, with 128 + the number of the signal.
-        ValueError: an unfinished run has its states in the output folder, or see [`set_up`] and [`States.load`].
+        ValueError: an unfinished run has its states in the output folder, or see [`start_accelerator`], [`set_up`] and
+            [`States.load`].
         OSError: the output folder cannot be written.
     """
     started = time.perf_counter()
@@ -111,26 +104,14 @@ def main(argv: list[str] | None = None) -> dict:
         tempfile.TemporaryFile(dir=output).close()
     if not run.resume:
         refuse_to_replace(output / "state")
-    accelerator = Accelerator(
-        mixed_precision=run.mixed_precision,
-        log_with=None if run.report_to == ["none"] else run.report_to,
-        project_dir=output,
-        step_scheduler_with_optimizer=False,  # else it takes a step for every process, not one for all of them
-        gradient_accumulation_steps=run.gradient_accumulation_steps,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(hours=4)),  # the first one may compute features, the others wait
-        ],
-    )
-    if plugin := getattr(accelerator.state, "fsdp_plugin", None):
-        plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast alone rounds: tokens and gradients stay float32
+    accelerator = start_accelerator(run)
     set_up_torch(run.matmul_precision, accelerator.num_processes)
     set_seed(run.seed)
     training = set_up(run, fields, accelerator)
     if not accelerator.is_main_process:
         set_seed(run.seed, device_specific=True)  # the same weights in all processes, but noise of its own in each
     states = States(accelerator, output / "state", run.total_limit)
-    settings = run_settings(training, fields)
+    settings = run_settings(run, fields, accelerator.num_processes, len(training.loader))
     state = states.load(settings) if run.resume else states.begin(settings)
     start_trackers(accelerator, run, fields)
     with Interruption(accelerator) as interruption:
@@ -182,7 +163,10 @@ def train_epochs(
         state |= {"epoch": epoch + 1, "step": 0, "totals": {}, "history": [*state["history"], record]}
         state["seconds"] = time.perf_counter() - started
         if ranks is not None:
-            keep_best(training, command, state, ranks)
+            state["best_epoch"] = best_record(state["history"])["epoch"]
+            if accelerator.is_main_process:
+                parts = (training.whole_model, training.processor, training.train_data)
+                keep_best(run, command, *parts, state, ranks)
         save()
     leave_if_asked()
 
@@ -194,13 +178,8 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         fields: of `GranAlignConfig`, as named in the recipe or on the command line.
 
     Raises:
-        ValueError: the data or the model cannot be had, there are fewer images than a batch needs, a CPU shall compute in
-            fp16, or DeepSpeed, which updates the weights at every call of `backward`, shall take a batch in parts.
+        ValueError: the data or the model cannot be had, or there are fewer images than a batch needs.
     """
-    if run.mixed_precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
-        raise ValueError("`mixed_precision` fp16 needs a GPU: Accelerate would compute in float32 here. Use bf16 or no.")
-    if run.micro_batch_size is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("`micro_batch_size` does not work under DeepSpeed. Use FSDP, or leave it out.")
     # Data and model
     train_data = training_data(run, accelerator)
     val_data = load_split(run.dataset, run.validation_split, **run.load_options, streaming=run.streaming)
@@ -224,9 +203,8 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         model.text_model.requires_grad_(False)
         model.to(accelerator.device)
         cache, is_quiet = Path("runs") / "features", not accelerator.is_main_process
-        with accelerator.main_process_first():
-            train_features = token_features(model, processor, train_data, cache, run.eval_batch_size, is_quiet)
-            val_features = token_features(model, processor, val_data, cache, run.eval_batch_size, is_quiet)
+        train_features = token_features(model, processor, train_data, cache, run.eval_batch_size, is_quiet)
+        val_features = token_features(model, processor, val_data, cache, run.eval_batch_size, is_quiet)
         images = FeatureImages(train_features, run.captions_per_image, run.seed, caption_order)
         collate = FeatureCollator(train_features)
     else:
@@ -286,7 +264,7 @@ def train_epoch(training: Training, state: dict) -> Iterator[None]:
             loss, values = shared_loss(training.plain_model, cached.tokens, batch, use_hard_negatives)
             check_finite("loss", values["loss"], where, values, names, run.output_dir)
             loss.backward()
-            cached.backward()
+            cached.backward(accumulation_weight(step, steps_per_epoch, run.gradient_accumulation_steps))
             if accelerator.sync_gradients:
                 grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm))
                 if not may_overflow(accelerator):
@@ -305,6 +283,11 @@ def train_epoch(training: Training, state: dict) -> Iterator[None]:
             names, before = [], Rollback(model, accelerator.device)
             yield
     warn_if_stuck(epoch_means(state["totals"]), run, training.plain_model.config.margin, use_hard_negatives)
+
+
+def accumulation_weight(step: int, steps_per_epoch: int, accumulation_steps: int) -> float:
+    """Of a step's gradient, on top of 1 / `accumulation_steps`: the last update of an epoch is the mean of fewer steps."""
+    return accumulation_steps / min(accumulation_steps, steps_per_epoch - step // accumulation_steps * accumulation_steps)
 
 
 def validate_epoch(training: Training, epoch: int) -> tuple[RetrievalRanks, dict[str, dict]]:
