@@ -242,7 +242,15 @@ def test_a_signal_between_the_batches_of_an_update_waits_for_it(tmp_path):
     assert_same(remains(tmp_path / "stopped"), remains(tmp_path / "whole"))
 
 
-def test_a_second_ctrl_c_leaves_at_once():
+@pytest.fixture
+def listens_to_ctrl_c():
+    """A shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_leaves_at_once(listens_to_ctrl_c):
     with Interruption(Accelerator()) as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.agreed_signal() == signal.SIGINT

@@ -183,23 +183,28 @@ def measure_foils(
             image = model.get_image_features(**processor(images=pictures, return_tensors="pt").to(model.device))
             texts = [text for group in groups for foil in group for text in (foil.caption, foil.wrong)]
             text = model.get_text_features(**processor(text=texts, return_tensors="pt").to(model.device))
-            row = 0
+            first = 0
             for index, group in enumerate(groups):
-                for foil in group:
-                    answers.append(_answer(model, processor.tokenizer, image, text, index, row, foil))
-                    row += 2
+                answers += _answers(model, processor.tokenizer, image, text, index, first, group)
+                first += 2 * len(group)
             bar.update(len(groups))
     return _summary(sorted(gather_object(answers)))
 
 
-def _answer(model, tokenizer, image, text, index: int, row: int, foil: Foil) -> _Answer:
-    right, wrong = (model.explain(image, text, index, caption) for caption in (row, row + 1))
-    shares = wrong.patch_shares.sum(dim=1).cpu()
-    words = [word for word in words_of(foil.wrong, tokenizer) if word.is_content]
-    edited = {word for start, end in foil.spans for word in words_within(words, start, end)}
-    lowest = min(words, key=lambda word: shares[list(word.tokens)].sum().item(), default=None)
-    chance = len(edited) / len(words) if words else 0.0
-    return _Answer(foil.image, foil.kind, right.score > wrong.score, lowest in edited, chance)
+def _answers(model, tokenizer, image, text, index: int, first: int, foils: list[Foil]) -> list[_Answer]:
+    """Of one image, whose captions start at number `first`, a true one before each wrong one."""
+    own = type(image)(**{name: values[index : index + 1] for name, values in image.items()})
+    captions = type(text)(**{name: values[first : first + 2 * len(foils)] for name, values in text.items()})
+    right, wrong = model.score(own, captions)[0].unflatten(0, (-1, 2)).T.tolist()
+    answers = []
+    for number, foil in enumerate(foils):
+        shares = model.explain(image, text, index, first + 2 * number + 1).patch_shares.sum(dim=1).cpu()
+        words = [word for word in words_of(foil.wrong, tokenizer) if word.is_content]
+        edited = {word for start, end in foil.spans for word in words_within(words, start, end)}
+        lowest = min(words, key=lambda word: shares[list(word.tokens)].sum().item(), default=None)
+        chance = len(edited) / len(words) if words else 0.0
+        answers.append(_Answer(foil.image, foil.kind, right[number] > wrong[number], lowest in edited, chance))
+    return answers
 
 
 def _summary(answers: list[_Answer]) -> dict[str, Any]:
