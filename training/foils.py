@@ -149,7 +149,7 @@ class _Answer(NamedTuple):
     number: int
     kind: str
     is_preferred: bool  # the true caption
-    is_found: bool  # an edited word has the lowest share of the content words
+    is_found: bool  # an edited word has the lowest share, of content words and edited ones
     chance: float  # of finding one blindly
 
 
@@ -199,8 +199,9 @@ def _answers(model, tokenizer, image, text, index: int, first: int, foils: list[
     answers = []
     for number, foil in enumerate(foils):
         shares = model.explain(image, text, index, first + 2 * number + 1).patch_shares.sum(dim=1).cpu()
-        words = [word for word in words_of(foil.wrong, tokenizer) if word.is_content]
-        edited = {word for start, end in foil.spans for word in words_within(words, start, end)}
+        read = words_of(foil.wrong, tokenizer)
+        edited = {word for start, end in foil.spans for word in words_within(read, start, end)}
+        words = [word for word in read if word.is_content or word in edited]  # a number counts where it was edited
         lowest = min(words, key=lambda word: shares[list(word.tokens)].sum().item(), default=None)
         chance = len(edited) / len(words) if words else 0.0
         answers.append(_Answer(foil.image, foil.kind, right[number] > wrong[number], lowest in edited, chance))
