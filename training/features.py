@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow.compute
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -75,7 +76,7 @@ def token_features(
     batch_size: int,
     is_quiet: bool = False,
 ) -> TokenFeatures:
-    """Reads the features of a split, or computes and stores them, all processes together.
+    """Reads the features of a split, or computes and stores them: all processes of one machine, or the first one of several.
 
     Their key is made of the encoders' weights, the preprocessing, the precision of products and the data, picture files
     included (by size and time of their last change), so that a stale cache is never read. A cache
@@ -157,7 +158,7 @@ def _picture_files(data: CaptionedImages) -> list[tuple]:
 def _compute(
     model, processor, data: CaptionedImages, folder: Path, batch_size: int, is_quiet: bool, state: PartialState
 ) -> None:
-    """Every process has its turn with the batches, and writes into the same files."""
+    """Every process of one machine has its turn with the batches, and writes into the same files."""
     device = model.device
     model.eval()
 
@@ -165,8 +166,12 @@ def _compute(
         pixels = processor.image_processor([data.image(n) for n in numbers], return_tensors="pt")["pixel_values"]
         return pixels.to(device)
 
+    # Pages of a file that several machines write at once are not safe on a file system that they share.
+    num_shares = state.num_processes if len({*gather_object([platform.node()])}) == 1 else 1
+
     def own_starts(total: int, step: int, title: str) -> Iterable[int]:
-        starts = range(0, total, step)[state.process_index :: state.num_processes]
+        is_idle = state.process_index >= num_shares
+        starts = range(0) if is_idle else range(0, total, step)[state.process_index :: num_shares]
         return tqdm(starts, desc=title, disable=is_quiet)
 
     first = pixel_values(range(1))

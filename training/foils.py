@@ -7,6 +7,7 @@ places. A model that reads word by word scores the true caption higher, and give
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from granalign_hf.words import words_of, words_within
 COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 MIN_COUNT = 5  # of a head noun in the split, so that it is a usual one
-SEED = 0
+SEED, VOWELS = 0, "aeiou"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def make_foils(located: Sequence[LocatedCaption]) -> list[Foil]:
     foils = []
     for number, group in itertools.groupby(located, key=lambda caption: caption.image):
         captions = list(group)
-        said = {word for caption in captions for word in caption.caption.lower().split()}
+        said = {word for caption in captions for word in re.findall(r"\w+", caption.caption.lower())}
         for position, caption in enumerate(captions):
             rng = np.random.default_rng((SEED, number, position))
             for kind, edits in (
@@ -85,11 +86,16 @@ def _words(caption: str, phrase: Phrase) -> Iterator[tuple[int, int, str]]:
 
 def _replaced(rng: np.random.Generator, caption: LocatedCaption, words: Sequence[str], said: set[str]) -> Edits:
     places = [place for phrase in caption.phrases for place in _words(caption.caption, phrase) if place[2] in words]
-    others = [word for word in words if word not in said]
-    if not places or not others:
+    if not places:
         return []
-    start, end, _ = places[rng.integers(len(places))]
-    return [(start, end, others[rng.integers(len(others))])]
+    start, end, word = places[rng.integers(len(places))]
+    return _instead(rng, start, end, word, words, said)
+
+
+def _instead(rng: np.random.Generator, start: int, end: int, word: str, others: Sequence[str], said: set[str]) -> Edits:
+    """Another word that no caption says and that goes with the same article."""
+    fitting = [other for other in others if other not in said and (other[0] in VOWELS) == (word[0] in VOWELS)]
+    return [(start, end, fitting[rng.integers(len(fitting))])] if fitting else []
 
 
 def _head(caption: str, phrase: Phrase) -> tuple[int, int, str]:
@@ -116,8 +122,8 @@ def _other_noun(rng: np.random.Generator, caption: LocatedCaption, nouns: dict, 
         return []
     phrase = typed[rng.integers(len(typed))]
     start, end, head = _head(caption.caption, phrase)
-    others = [noun for noun in nouns.get((phrase.types[0], head.endswith("s")), []) if noun not in said]
-    return [(start, end, others[rng.integers(len(others))])] if others and head.isalpha() else []
+    others = nouns.get((phrase.types[0], head.endswith("s")), [])
+    return _instead(rng, start, end, head, others, said) if head.isalpha() else []
 
 
 def _swapped(rng: np.random.Generator, caption: LocatedCaption) -> Edits:
@@ -125,7 +131,9 @@ def _swapped(rng: np.random.Generator, caption: LocatedCaption) -> Edits:
     pairs = [
         (a, b)
         for a, b in itertools.combinations(phrases, 2)
-        if a.end <= b.start and caption.caption[a.start : a.end].lower() != caption.caption[b.start : b.end].lower()
+        if a.end <= b.start
+        and caption.caption[a.end : b.start].strip(" ,").lower() not in ("", "and", "or")  # swapped they say the same
+        and caption.caption[a.start : a.end].lower() != caption.caption[b.start : b.end].lower()
     ]
     if not pairs:
         return []
@@ -165,7 +173,7 @@ def measure_foils(
 
     Returns:
         `foils`: kind ("all" first) -> `preferred` in percent with its `low` and `high` over images, `number`, `found` with
-        `found_low` and `found_high`, and `chance`, the mean share of content words that are edited. Equal scores count
+        `found_low` and `found_high`, and `chance`, the mean share of those words that are edited. Equal scores count
         against the model.
     """
     state = PartialState()
@@ -202,9 +210,10 @@ def _answers(model, tokenizer, image, text, index: int, first: int, foils: list[
         read = words_of(foil.wrong, tokenizer)
         edited = {word for start, end in foil.spans for word in words_within(read, start, end)}
         words = [word for word in read if word.is_content or word in edited]  # a number counts where it was edited
-        lowest = min(words, key=lambda word: shares[list(word.tokens)].sum().item(), default=None)
+        of_words = [shares[list(word.tokens)].sum().item() for word in words]
+        is_found = all(word in edited for word, share in zip(words, of_words, strict=True) if share == min(of_words))
         chance = len(edited) / len(words) if words else 0.0
-        answers.append(_Answer(foil.image, foil.kind, right[number] > wrong[number], lowest in edited, chance))
+        answers.append(_Answer(foil.image, foil.kind, right[number] > wrong[number], bool(words) and is_found, chance))
     return answers
 
 

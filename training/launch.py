@@ -25,13 +25,11 @@ def start_accelerator(run: RunArguments) -> Accelerator:
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(
-                timeout=timedelta(hours=1)
-            ),  # the first one alone writes the best checkpoint and the card
+            InitProcessGroupKwargs(timeout=timedelta(hours=4)),  # the first one may compute features alone
         ],
     )
-    for problem in _problems(run, accelerator):
-        raise ValueError(problem)
+    if problems := _problems(run, accelerator):
+        raise ValueError("\n".join(problems))
     if plugin := getattr(accelerator.state, "fsdp_plugin", None):
         plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast alone rounds: tokens and gradients stay float32
     return accelerator

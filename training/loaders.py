@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 
@@ -65,14 +66,17 @@ def training_loader(
 
 
 def _leave_signals_to_the_run(_: int) -> None:
-    """What ends a run is sent to its whole process group; the workers must live until the step in progress is done.
+    """What ends a run reaches its workers too; they must live until the step in progress is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
-    They leave the group instead of ignoring SIGTERM: the interpreter's exit sends it to those that are still there, after an
-    error say, and waits for them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setsid"):  # Windows has neither groups nor the signal
-        os.setsid()
+
+@atexit.register
+def _end_workers() -> None:
+    """Those that are left, after an error say: the interpreter would send them SIGTERM, and wait without end."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def prepare(accelerator: Accelerator, model, optimizer, loader: DataLoader) -> tuple:

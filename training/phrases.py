@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from granalign_hf.training.columns import existing_column
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.tables import load_table
 
@@ -50,16 +49,22 @@ def located_captions(data: CaptionedImages, source: str | None, split: str) -> l
             caption.
     """
     if source is None:
-        existing_column("phrases", "phrases", "the data set", data.table.features)
+        if "phrases" not in data.table.features:
+            raise ValueError(
+                "The data set has no column `phrases` of boxes. Name a table that has them with `phrase_boxes`."
+            )
+        column = data.table.select_columns(["phrases"])  # a whole row would decode its picture
         rows: Iterable[tuple[int, str, list]] = (
             (number, caption, phrases)
             for number, captions in enumerate(data.captions)
-            for caption, phrases in zip(captions, data.table[data.rows[number]]["phrases"], strict=True)
+            for caption, phrases in zip(captions, column[data.rows[number]]["phrases"], strict=True)
         )
     else:
         table = load_table(source, split, None, None, 0)
-        for column in COLUMNS:
-            existing_column(column, column, source, table.features)
+        if missing := [name for name in COLUMNS if name not in table.features]:
+            raise ValueError(
+                f"`phrase_boxes` {source} must have the columns {', '.join(COLUMNS)}; it lacks {', '.join(missing)}."
+            )
         numbers = {image_id: number for number, image_id in enumerate(data.image_ids)}
         found = [(numbers[row["filename"]], row["caption"], row["phrases"]) for row in table if row["filename"] in numbers]
         if not found:
@@ -68,16 +73,20 @@ def located_captions(data: CaptionedImages, source: str | None, split: str) -> l
                 f"of its image ids, such as {data.image_ids[0]!r}. Name the column of the file names with `image_id_column`."
             )
         rows = sorted(found, key=lambda row: row[0])
-    return [
+    located = [
         LocatedCaption(n, caption, tuple(_phrase(p, caption) for p in phrases)) for n, caption, phrases in rows if phrases
     ]
+    if not located:
+        raise ValueError("No caption of these images has a phrase with boxes.")
+    return located
 
 
 def _phrase(entry: dict[str, Any], caption: str) -> Phrase:
     start, end = entry["char_start"], entry["char_end"]
-    if not 0 <= start < end <= len(caption) or not entry["boxes"]:
+    is_box = [len(box) == 4 and box[0] < box[2] and box[1] < box[3] for box in entry["boxes"]]
+    if not 0 <= start < end <= len(caption) or not is_box or not all(is_box):
         raise ValueError(
-            f"A phrase must be characters of its caption and have a box, got {start} to {end} of {caption!r} with "
-            f"{len(entry['boxes'])} boxes."
+            f"A phrase must be characters of its caption and have boxes [x0, y0, x1, y1], got {start} to {end} of "
+            f"{caption!r} with the boxes {entry['boxes']}."
         )
     return Phrase(start, end, tuple(tuple(box) for box in entry["boxes"]), tuple(entry.get("types") or ()))
