@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from granalign_hf.grounding import summarize_hits
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
+from granalign_hf.training.by_image import Encoded, measure_by_image
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.phrases import LocatedCaption, Phrase
 from granalign_hf.words import words_of, words_within
@@ -161,7 +158,6 @@ class _Answer(NamedTuple):
     chance: float  # of finding one blindly
 
 
-@torch.no_grad()
 def measure_foils(
     model: GranAlignModel,
     processor: GranAlignProcessor,
@@ -176,37 +172,27 @@ def measure_foils(
         `found_low` and `found_high`, and `chance`, the mean share of those words that are edited. Equal scores count
         against the model.
     """
-    state = PartialState()
-    model.eval()
     foils = make_foils(located)
     if not foils:
         raise ValueError("No foil can be made: the phrases have no colour, number, usual noun or second phrase.")
-    by_image = [list(group) for _, group in itertools.groupby(foils, key=lambda foil: foil.image)]
-    mine = by_image[state.process_index :: state.num_processes]
-    answers = []
-    with tqdm(total=len(mine), desc="images", disable=not state.is_main_process) as bar:
-        for start in range(0, len(mine), batch_size):
-            groups = mine[start : start + batch_size]
-            pictures = [data.image(group[0].image) for group in groups]
-            image = model.get_image_features(**processor(images=pictures, return_tensors="pt").to(model.device))
-            texts = [text for group in groups for foil in group for text in (foil.caption, foil.wrong)]
-            text = model.get_text_features(**processor(text=texts, return_tensors="pt").to(model.device))
-            first = 0
-            for index, group in enumerate(groups):
-                answers += _answers(model, processor.tokenizer, image, text, index, first, group)
-                first += 2 * len(group)
-            bar.update(len(groups))
-    return _summary(sorted(gather_object(answers)))
+    by_image = {number: list(group) for number, group in itertools.groupby(foils, key=lambda foil: foil.image)}
+    texts = {n: [text for foil in group for text in (foil.caption, foil.wrong)] for n, group in by_image.items()}
+
+    def measure(seen: Encoded) -> list[_Answer]:
+        return _answers(model, processor.tokenizer, seen, by_image[seen.number])
+
+    return _summary(measure_by_image(model, processor, data, texts, batch_size, measure))
 
 
-def _answers(model, tokenizer, image, text, index: int, first: int, foils: list[Foil]) -> list[_Answer]:
-    """Of one image, whose captions start at number `first`, a true one before each wrong one."""
+def _answers(model, tokenizer, seen: Encoded, foils: list[Foil]) -> list[_Answer]:
+    """Of one image, among whose captions a true one stands before each wrong one."""
+    image, text, index, rows = seen.image, seen.text, seen.image_row, seen.rows
     own = type(image)(**{name: values[index : index + 1] for name, values in image.items()})
-    captions = type(text)(**{name: values[first : first + 2 * len(foils)] for name, values in text.items()})
+    captions = type(text)(**{name: values[rows.start : rows.stop] for name, values in text.items()})
     right, wrong = model.score(own, captions)[0].unflatten(0, (-1, 2)).T.tolist()
     answers = []
     for number, foil in enumerate(foils):
-        shares = model.explain(image, text, index, first + 2 * number + 1).patch_shares.sum(dim=1).cpu()
+        shares = model.explain(image, text, index, rows[2 * number + 1]).patch_shares.sum(dim=1).cpu()
         read = words_of(foil.wrong, tokenizer)
         edited = {word for start, end in foil.spans for word in words_within(read, start, end)}
         words = [word for word in read if word.is_content or word in edited]  # a number counts where it was edited

@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from granalign_hf.calibration import auroc
 from granalign_hf.grounding import patch_centers, pointing_game, points_in_boxes, summarize_hits
 from granalign_hf.maps import on_grid, visible_area, word_maps
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
+from granalign_hf.training.by_image import Encoded, measure_by_image
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.phrases import LocatedCaption
 from granalign_hf.words import words_of, words_within
@@ -36,7 +34,6 @@ class _Image(NamedTuple):
     captions: list[tuple[float | None, float]]  # of word saliency, and of content words, likewise
 
 
-@torch.no_grad()
 def measure_grounding(
     model: GranAlignModel,
     processor: GranAlignProcessor,
@@ -63,38 +60,22 @@ def measure_grounding(
     """
     if not data.has_pictures:
         raise ValueError("Grounding needs pictures: features of regions lie on no grid of patches.")
-    state = PartialState()
-    model.eval()
     by_image = {number: list(group) for number, group in itertools.groupby(located, key=lambda caption: caption.image)}
-    mine = list(by_image)[state.process_index :: state.num_processes]
-    found = []
-    with tqdm(total=len(mine), desc="images", disable=not state.is_main_process) as bar:
-        for start in range(0, len(mine), batch_size):
-            numbers = mine[start : start + batch_size]
-            found += _batch(model, processor, [data.image(n) for n in numbers], [by_image[n] for n in numbers])
-            bar.update(len(numbers))
-    return _summary(sorted(gather_object(found), key=lambda image: image.number))
+
+    def measure(seen: Encoded) -> list[_Image]:
+        area = visible_area(processor.image_processor, seen.image_size, seen.pixel_size)
+        return [_image(model, processor.tokenizer, seen, by_image[seen.number], area)]
+
+    texts = {number: [caption.caption for caption in captions] for number, captions in by_image.items()}
+    return _summary(measure_by_image(model, processor, data, texts, batch_size, measure))
 
 
-def _batch(model, processor, pictures: list, captions: list[list[LocatedCaption]]) -> list[_Image]:
-    inputs = processor(images=pictures, return_tensors="pt").to(model.device)
-    image = model.get_image_features(**inputs)
-    texts = [caption.caption for group in captions for caption in group]
-    text = model.get_text_features(**processor(text=texts, return_tensors="pt").to(model.device))
-    first, found = 0, []
-    for index, (picture, group) in enumerate(zip(pictures, captions, strict=True)):
-        area = visible_area(processor.image_processor, picture.size, inputs["pixel_values"].shape[-2:])
-        found.append(_image(model, processor.tokenizer, (image, text), index, range(first, first + len(group)), group, area))
-        first += len(group)
-    return found
-
-
-def _image(model, tokenizer, outputs, index: int, rows: range, captions: list[LocatedCaption], area) -> _Image:
-    image, text = outputs
+def _image(model, tokenizer, seen: Encoded, captions: list[LocatedCaption], area) -> _Image:
+    image, text, index = seen.image, seen.text, seen.image_row
     left, top, right, bottom = area
     size = (bottom - top, right - left)
     maps, boxes, types, num_cut, of_captions = [], [], [], 0, []
-    for row, caption in zip(rows, captions, strict=True):
+    for row, caption in zip(seen.rows, captions, strict=True):
         words = words_of(caption.caption, tokenizer)
         token_maps = word_maps((image, text), index, row, level_weights=model.aligner.level_weights).cpu()
         located = [words_within(words, phrase.start, phrase.end) for phrase in caption.phrases]
@@ -113,7 +94,7 @@ def _image(model, tokenizer, outputs, index: int, rows: range, captions: list[Lo
         of_captions.append((saliency, auroc([-float(word.is_content) for word in words], is_outside)))
     every_box = np.concatenate(boxes) if boxes else np.zeros((0, 4))
     return _Image(
-        captions[0].image, _hits(maps, boxes, every_box, size), types, num_cut,
+        seen.number, _hits(maps, boxes, every_box, size), types, num_cut,
         _patch_saliency(image, index, every_box, size), of_captions,
     )  # fmt: skip
 
