@@ -1,4 +1,4 @@
-"""granalign: fine-grained image-text alignment for Transformers. Importing it registers the Auto classes."""
+"""granalign: fine-grained image-text alignment for Transformers. Importing it registers the Auto classes and pipelines."""
 
 from transformers import (
     AutoConfig,
@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .modeling.configuration_granalign import GranAlignConfig
 from .modeling.modeling_granalign import (
@@ -15,6 +16,7 @@ from .modeling.modeling_granalign import (
     GranAlignPreTrainedModel,
     GranAlignTextOutput,
 )
+from .modeling.pipelines import PIPELINES
 from .modeling.processing_granalign import GranAlignProcessor
 from .modeling.region_features import RegionFeaturesProcessor
 from .modeling.similarity import token_similarity
@@ -25,6 +27,8 @@ AutoConfig.register("granalign", GranAlignConfig, exist_ok=True)
 AutoModel.register(GranAlignConfig, GranAlignModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(GranAlignConfig, GranAlignModel, exist_ok=True)
 AutoProcessor.register(GranAlignConfig, GranAlignProcessor, exist_ok=True)
+for _task, _pipeline in PIPELINES.items():
+    PIPELINE_REGISTRY.register_pipeline(_task, _pipeline, pt_model=AutoModel, type="multimodal")
 
 # Saved checkpoints carry this code, so that they load where the package is not installed.
 GranAlignConfig.register_for_auto_class()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .alignment import (
+from .modeling.alignment import (
     AlignedWord,
     Alignment,
     ReadCaption,
@@ -26,9 +26,9 @@ from .alignment import (
     saliency_map,
     see_image,
 )
-from .maps import patch_box, picture_map, word_maps
 from .modeling.contributions import PairShares
-from .words import FUNCTION_WORDS, Word, with_other_tokens, words_of
+from .modeling.maps import patch_box, picture_map, word_maps
+from .modeling.words import FUNCTION_WORDS, Word, with_other_tokens, words_of
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from .alignment import AlignedWord, Alignment
 from .explanation import Comparison, Contribution, Explanation, Region
+from .modeling.alignment import AlignedWord, Alignment
 from .overlays import colour_scale, overlay, region_colour, region_overlay, saliency_overlay, write_overlays
 from .panels import (
     FAINT,

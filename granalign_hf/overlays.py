@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .alignment import AlignedWord, Alignment
-from .maps import Box, picture_map
+from .modeling.alignment import AlignedWord, Alignment
+from .modeling.maps import Box, picture_map
 
 # Cold to hot, at equal steps; cold is white, so that paper and picture show through.
 _HEAT_COLOURS = np.array(

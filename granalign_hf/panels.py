@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .maps import Box
+from .modeling.maps import Box
 from .overlays import heat_colours
 
 DPI = 160

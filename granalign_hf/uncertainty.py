@@ -17,9 +17,9 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from .calibration import answer_sets, first_answers, logistic
 from .modeling.configuration_granalign import ERROR_MEASURES
-from .modeling.pairwise import CPU_BUDGET, DEVICE_BUDGET
 from .modeling.regions import sample_regions
 from .modeling.similarity import level_similarities
+from .modeling.standard_errors import check_variances, salient_words, standard_errors
 
 # ----------------------------------------------------------------------------------------------------------- an image
 
@@ -33,14 +33,14 @@ def image_mixture(image: Any) -> MixtureSameFamily:
     Raises:
         ValueError: the regions have no variance.
     """
-    _check_variances(image)
+    check_variances(image)
     regions = Normal(image.region_means, torch.exp(image.region_log_vars / 2))
     return MixtureSameFamily(Categorical(probs=image.region_weights), Independent(regions, 1))
 
 
 def region_spreads(image: Any) -> Tensor:
     """(B, K): root of the mean squared distance of a region's draws from its mean; 1 is the length of a token."""
-    _check_variances(image)
+    check_variances(image)
     return image.region_log_vars.exp().sum(-1).sqrt()
 
 
@@ -49,7 +49,7 @@ def word_log_likelihoods(image: Any, text: Any) -> Tensor:
 
     One image at a time, in memory for C x w x K x d numbers.
     """
-    mixture, words = image_mixture(image), _salient_words(text)
+    mixture, words = image_mixture(image), salient_words(text)
     weights, regions = mixture.mixture_distribution, mixture.component_distribution
     rows = []
     for n in range(len(weights.probs)):
@@ -86,85 +86,18 @@ def entropy_bounds(image: Any) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------------------- a score
 
 
-def has_standard_errors(config: Any) -> bool:
-    """Whether regions with a variance take part in the scores of a model with this config."""
-    return config.aligner == "grm" and config.use_region_uncertainty and config.level_weights[2] > 0
-
-
-@torch.no_grad()
-def standard_errors(model: Any, image: Any, text: Any, memory_budget: int | None = None) -> Tensor:
-    """(B, C): the standard deviation of every score under the noise of the regions, in closed form.
-
-    With the arg-maxes of eq. 7 fixed, the uncertain level is linear in the region samples u_k, which are independent with
-    variances sigma_k^2 sum_l a_lk^2 (eq. 5-6). With g_k = sum over the words whose best region is k of t_w / Lt, plus t / K
-    of the best word of k, the variance of the score is
-
-        c^2 sum_k (sum_l a_lk^2) sum_d g_kd^2 sigma_kd^2
-
-    with the level weight c. Arg-maxes that switch make the true value smaller; `config.standard_error_factor`, fitted on
-    validation, is the factor to it. All pairs cost B x C x K x d operations a word, in tiles.
-
-    Args:
-        memory_budget: bytes of the largest tensor of a tile; up to three of its size are alive at a time. `None`: as for
-            the scores, 16 MiB on a CPU and 256 MiB elsewhere. It changes the speed alone.
-
-    Raises:
-        ValueError: the regions have no variance.
-    """
-    _check_variances(image)
-    words, mask = _salient_words(text), text.word_mask
-    variances = image.region_log_vars.exp() * image.region_assignment.square().sum(1)[..., None]
-    budget = memory_budget or (CPU_BUDGET if words.device.type == "cpu" else DEVICE_BUDGET)
-    pairs = max(budget // (variances.element_size() * variances[0].numel()), 1)
-    num_images = min(len(variances), pairs)
-    rows = []
-    with torch.autocast(words.device.type, enabled=False):
-        for means, own in zip(image.region_means.split(num_images), variances.split(num_images), strict=True):
-            tiles = zip(words.split(pairs // num_images), mask.split(pairs // num_images), strict=True)
-            rows.append(torch.cat([_uncertain_variances(means, own, *tile) for tile in tiles], dim=1))
-    return model.config.standard_error_factor * model.config.level_weights[2] * torch.cat(rows).sqrt()
-
-
-def _uncertain_variances(means: Tensor, variances: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-    """Regions (i, k, d), variances of their samples (i, k, d), words (t, w, d), mask (t, w) -> (i, t)."""
-    products = torch.einsum("twd,ikd->tiwk", words, means)
-    weights = mask.to(words.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
-    # How much of word w is in the gradient by region k: 1 / Lt if k is its best region, 1 / K if it is the best word of k.
-    best_region, best_word = (
-        products.argmax(3, keepdim=True),
-        products.masked_fill(~mask[:, None, :, None], -torch.inf).argmax(2, keepdim=True),
-    )
-    share = torch.zeros_like(products).scatter_(3, best_region, weights[:, None, :, None].expand(best_region.shape))
-    share.scatter_add_(2, best_word, share.new_full((1,), 1 / means.shape[1]).expand(best_word.shape))
-    gradients = torch.einsum("tiwk,twd->tikd", share, words)
-    return torch.einsum("tikd,ikd->it", gradients.square_(), variances)
-
-
 @torch.no_grad()
 def sampled_standard_errors(model: Any, image: Any, text: Any, num_samples: int = 100, seed: int = 0) -> Tensor:
     """(B, C): what [`standard_errors`] approximates, from `num_samples` draws of all regions; memory for as many (B, C).
 
     Its own relative error is 1 / sqrt(2 (num_samples - 1)) a pair, 7 % for 100.
     """
-    _check_variances(image)
-    words, regions = _salient_words(text), (image.region_assignment, image.region_means, image.region_log_vars)
+    check_variances(image)
+    words, regions = salient_words(text), (image.region_assignment, image.region_means, image.region_log_vars)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         draws = [level_similarities(sample_regions(*regions), words, text.word_mask)[0] for _ in range(num_samples)]
     return model.config.level_weights[2] * torch.stack(draws).std(0)
-
-
-def _salient_words(text: Any) -> Tensor:
-    """(C, w, d), 0 on padding."""
-    return (text.word_embeds * text.word_saliency[..., None]).masked_fill(~text.word_mask[..., None], 0)
-
-
-def _check_variances(image: Any) -> None:
-    if getattr(image, "region_log_vars", None) is None:
-        raise ValueError(
-            '`image` has no `region_log_vars`: only the aligner "grm" with `use_region_uncertainty=True` has regions with a '
-            "variance."
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------- an answer

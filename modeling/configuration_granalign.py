@@ -165,6 +165,8 @@ class GranAlignConfig(PreTrainedConfig):
     conformal_thresholds: list[float] | None = None
 
     def __post_init__(self, **kwargs):
+        if type(self).__module__.startswith("granalign_hf."):
+            kwargs.pop("custom_pipelines", None)  # this package has them; those of the checkpoint would ask for trust
         super().__post_init__(**kwargs)
         self.level_weights = list(self.level_weights)
         if self.num_prefix_tokens is None:

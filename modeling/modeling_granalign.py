@@ -27,7 +27,7 @@ from .encoders import (
     tokenizer_special_ids,
 )
 from .losses import contrastive_hinge
-from .outputs import GranAlignImageOutput, GranAlignOutput, GranAlignTextOutput
+from .outputs import GranAlignImageOutput, GranAlignOutput, GranAlignTextOutput, encoder_output
 from .projection import make_projection, unit_length
 from .regions import RegionMixture
 
@@ -329,18 +329,25 @@ class GranAlignModel(GranAlignPreTrainedModel):
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.T,
             loss_terms=loss_terms,
-            vision_model_output=_encoder_output(image),
-            text_model_output=_encoder_output(text),
+            vision_model_output=encoder_output(image),
+            text_model_output=encoder_output(text),
             **tokens,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in `PreTrainedModel`; where the code is saved too, pipelines find it without this package."""
-        if self.is_remote_code():
-            code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
-            auto_map = dict.fromkeys(("AutoModel", "AutoModelForZeroShotImageClassification"), code)
-            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if not self.is_remote_code():
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        from .pipelines import custom_pipelines  # here, since a model needs none; their file travels by this line
+
+        code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        auto_map = dict.fromkeys(("AutoModel", "AutoModelForZeroShotImageClassification"), code)
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
+        self.config.custom_pipelines = custom_pipelines()
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del self.config.custom_pipelines  # a pipeline of this model would ask for trust in code that is here already
 
     @classmethod
     def from_vision_text_pretrained(
@@ -382,10 +389,6 @@ class GranAlignModel(GranAlignPreTrainedModel):
             "`accelerate launch training/train.py`."
         )
         return model
-
-
-def _encoder_output(features: GranAlignImageOutput | GranAlignTextOutput) -> BaseModelOutput:
-    return BaseModelOutput(features.last_hidden_state, features.hidden_states, features.attentions)
 
 
 __all__ = [

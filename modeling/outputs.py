@@ -115,3 +115,8 @@ class GranAlignOutput(_MaskedOutput):
     region_embeds: Tensor | None = None
     vision_model_output: BaseModelOutput | None = None
     text_model_output: BaseModelOutput | None = None
+
+
+def encoder_output(features: GranAlignImageOutput | GranAlignTextOutput) -> BaseModelOutput:
+    """What the encoder returned, without the tokens that an aligner scores."""
+    return BaseModelOutput(features.last_hidden_state, features.hidden_states, features.attentions)

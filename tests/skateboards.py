@@ -5,8 +5,8 @@ from PIL import Image
 from transformers import BertConfig, BertTokenizer, ViTConfig, ViTImageProcessorPil
 
 from granalign_hf import GranAlignConfig, GranAlignModel, GranAlignProcessor
-from granalign_hf.alignment import AlignedWord, Alignment
-from granalign_hf.maps import patch_box
+from granalign_hf.modeling.alignment import AlignedWord, Alignment
+from granalign_hf.modeling.maps import patch_box
 
 PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] a the dog skate ##board ##er ' s t - shirt red , . of don cafe two"
 VOCABULARY = {piece: i for i, piece in enumerate(PIECES.split())}

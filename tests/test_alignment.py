@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from skateboards import CAPTION, make_model, make_processor
 
-from granalign_hf.alignment import align
-from granalign_hf.maps import word_maps
+from granalign_hf.modeling.alignment import align
+from granalign_hf.modeling.maps import word_maps
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from skateboards import make_alignment, make_model, make_processor
 
-from granalign_hf.alignment import align
 from granalign_hf.explanation import compare, explain
 from granalign_hf.figure import (
     _draw_comparison,
@@ -19,6 +18,7 @@ from granalign_hf.figure import (
     explanation_figure,
     figure,
 )
+from granalign_hf.modeling.alignment import align
 from granalign_hf.overlays import colour_scale, overlay, region_overlay, saliency_overlay
 
 

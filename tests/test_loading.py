@@ -55,12 +55,15 @@ with torch.no_grad():
     scores = [m(**inputs).logits_per_image for m in (model, zero_shot)]
 pipe = pipeline("zero-shot-image-classification", model=folder, **code)
 answers = pipe(f"{folder}/image.png", candidate_labels=captions, hypothesis_template="{}")
+pair = {"image": f"{folder}/image.png", "text": captions[0]}
+words = pipeline("image-text-alignment", model=folder, **code)(pair)
+ranked = pipeline("image-text-retrieval", model=folder, **code)(image=pair["image"], candidates=captions)
 model.save_pretrained(f"{out}/again")
 processor.save_pretrained(f"{out}/again")
 again = AutoModel.from_pretrained(f"{out}/again", **code)
 with torch.no_grad():
     scores.append(again(**inputs).logits_per_image)
-torch.save((scores, answers), f"{out}/answers.pt")
+torch.save((scores, answers, words, ranked), f"{out}/answers.pt")
 """
 
 
@@ -131,13 +134,16 @@ def test_saved_code_is_the_code(folder):
 def test_loaded_in_a_fresh_process(folder, tmp_path, start):
     run = run_in_a_fresh_process(start + LOAD, folder, tmp_path)
     assert "is not supported for" not in run.stderr  # what a pipeline says of a class that it does not know
-    scores, answers = torch.load(tmp_path / "answers.pt")
+    scores, answers, words, ranked = torch.load(tmp_path / "answers.pt")
     expected = torch.load(folder / "scores.pt")
     assert [torch.equal(one, expected) for one in scores] == [True, True, True]
     probabilities = expected.softmax(1)[0]
     order = probabilities.argsort(descending=True).tolist()
     assert [answer["label"] for answer in answers] == [CAPTIONS[number] for number in order]
     assert [answer["score"] for answer in answers] == pytest.approx(probabilities[order].tolist(), abs=1e-6)
+    assert words["score"] == pytest.approx(expected[0, 0].item(), abs=1e-6)
+    assert [word["word"] for word in words["words"]] == CAPTIONS[0].split()
+    assert [one["index"] for one in ranked] == order
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == CODE
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["auto_map"] == json.loads((folder / "config.json").read_text())["auto_map"]

@@ -8,7 +8,7 @@ from skateboards import make_model, make_processor
 from transformers import CLIPImageProcessorPil, ConvNextImageProcessorPil, DeiTImageProcessorPil, ViTImageProcessorPil
 
 from granalign_hf import GranAlignOutput
-from granalign_hf.maps import patch_box, picture_map, visible_area, word_maps
+from granalign_hf.modeling.maps import patch_box, picture_map, visible_area, word_maps
 from granalign_hf.modeling.similarity import level_similarities
 
 

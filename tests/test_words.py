@@ -6,8 +6,8 @@ from skateboards import CAPTION, make_model, make_processor, make_tokenizer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from granalign_hf.alignment import align
-from granalign_hf.words import Word, with_other_tokens, words_of
+from granalign_hf.modeling.alignment import align
+from granalign_hf.modeling.words import Word, with_other_tokens, words_of
 
 
 def test_pieces_are_merged_to_words_with_offsets():

@@ -43,6 +43,7 @@ from granalign_hf.calibration import (
 )
 from granalign_hf.evaluation import quantiles
 from granalign_hf.modeling.configuration_granalign import CONFIDENCE_MEASURES
+from granalign_hf.modeling.standard_errors import has_standard_errors, standard_errors
 from granalign_hf.training.arguments import PRECISIONS, DataArguments
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.evaluate import load_checkpoint
@@ -50,7 +51,7 @@ from granalign_hf.training.parser import SettingsParser, choice_problems, range_
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import Encoder, Measured, measured_split
 from granalign_hf.training.states import write_whole
-from granalign_hf.uncertainty import has_standard_errors, sampled_standard_errors, standard_errors
+from granalign_hf.uncertainty import sampled_standard_errors
 
 MIN_IMAGES = 10  # with fewer, no answer set holds the right one for 90 % of the queries
 SAMPLED_IMAGES = 100  # with as many captions; for the factor of the standard error

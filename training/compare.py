@@ -49,7 +49,7 @@ class Comparison:
     seeds: list[int]
     baselines: list[str]  # runs that the others are compared with
     diagnostics: list[str]  # of the validation split, as further columns
-    runs: dict[str, dict]
+    runs: dict[str, dict]  # settings; `{seed}` in a checkpoint is the number of the seed
     published: dict | None = None  # protocol and backbone of published.yaml, and the method there of each run that has one
 
     @classmethod
@@ -184,6 +184,8 @@ def run_settings(comparison: Comparison, name: str, seed: int) -> dict:
     """
     folder, base = run_folder(comparison, name, seed), yaml.safe_load(Path(comparison.base).read_text())
     whole = {**base, **comparison.runs[name], "seed": seed, "output_dir": str(folder)}
+    if whole.get("checkpoint"):
+        whole["checkpoint"] = whole["checkpoint"].format(seed=seed)
     for place, field in ((folder, "output_dir"), (record_folder(comparison, name, seed), "results_dir")):
         settings = place / "settings.json"
         if settings.is_file() and json.loads(settings.read_text()) != whole:

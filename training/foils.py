@@ -18,10 +18,10 @@ import numpy as np
 from granalign_hf.grounding import summarize_hits
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
+from granalign_hf.modeling.words import words_of, words_within
 from granalign_hf.training.by_image import Encoded, measure_by_image
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.phrases import LocatedCaption, Phrase
-from granalign_hf.words import words_of, words_within
 
 COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")

@@ -11,13 +11,13 @@ import torch
 
 from granalign_hf.calibration import auroc
 from granalign_hf.grounding import patch_centers, pointing_game, points_in_boxes, summarize_hits
-from granalign_hf.maps import on_grid, visible_area, word_maps
+from granalign_hf.modeling.maps import on_grid, visible_area, word_maps
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
+from granalign_hf.modeling.words import words_of, words_within
 from granalign_hf.training.by_image import Encoded, measure_by_image
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.phrases import LocatedCaption
-from granalign_hf.words import words_of, words_within
 
 CORNERS = ([0, 0, -1, -1], [0, -1, 0, -1])
 BASELINES = ("random_patch", "image_center", "largest_box")

@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
+from granalign_hf.modeling.standard_errors import has_standard_errors, standard_errors
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.features import TokenFeatures, fingerprint
-from granalign_hf.uncertainty import entropy_bounds, has_standard_errors, standard_errors
+from granalign_hf.uncertainty import entropy_bounds
 
 IMAGE_TOKENS = (
     "patch_embeds", "patch_mask", "patch_saliency", "patch_logits", "region_assignment", "region_weights", "region_means",

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from .maps import Box, on_grid, patch_box, visible_area, word_maps
-from .modeling.processing_granalign import read_image
+from .processing_granalign import read_image
 from .words import Word, check_caption, merge_pieces, words_within
 
 
@@ -137,6 +137,12 @@ def align(model, processor, image: Any, caption: str) -> Alignment:
 @torch.no_grad()
 def see_image(model, processor, image: Any) -> SeenImage:
     """Raises ValueError as [`align`] does."""
+    picture, inputs, area = prepare_image(model, processor, image)
+    return SeenImage(picture, model.get_image_features(**inputs.to(model.device)), area)
+
+
+def prepare_image(model, processor, image: Any) -> tuple[Image.Image, BatchFeature, Box]:
+    """The picture, what the vision encoder takes, and the part of the picture in it. Raises ValueError as [`align`] does."""
     if model.training:
         raise ValueError("`model` is in training mode, where scores are drawn at random. Call `model.eval()` first.")
     if not getattr(processor.image_processor, "reads_pictures", True):
@@ -145,19 +151,22 @@ def see_image(model, processor, image: Any) -> SeenImage:
         )
     picture = read_image(image)
     inputs = processor(images=picture, return_tensors="pt")
-    features = model.get_image_features(**inputs.to(model.device))
-    area = visible_area(processor.image_processor, picture.size, inputs["pixel_values"].shape[-2:])
-    return SeenImage(picture, features, area)
+    return picture, inputs, visible_area(processor.image_processor, picture.size, inputs["pixel_values"].shape[-2:])
 
 
 @torch.no_grad()
 def read_caption(model, processor, caption: str) -> ReadCaption:
     """Raises ValueError as [`align`] does."""
-    check_caption(caption, processor.tokenizer)
-    inputs: BatchFeature = processor(text=caption, return_offsets_mapping=True, return_tensors="pt")
-    offsets = inputs.pop("offset_mapping").reshape(-1, 2).tolist()
+    inputs, offsets = prepare_caption(processor, caption)
     features = model.get_text_features(**inputs.to(model.device))
     return ReadCaption(caption, features, merge_pieces(caption, offsets), offsets, inputs["input_ids"].flatten().tolist())
+
+
+def prepare_caption(processor, caption: str) -> tuple[BatchFeature, list[list[int]]]:
+    """What the text encoder takes, and the (start, end) of each token. Raises ValueError as [`align`] does."""
+    check_caption(caption, processor.tokenizer)
+    inputs = processor(text=caption, return_offsets_mapping=True, return_tensors="pt")
+    return inputs, inputs.pop("offset_mapping").reshape(-1, 2).tolist()
 
 
 def align_words(model, seen: SeenImage, read: ReadCaption, words: Sequence[Word]) -> list[AlignedWord]:

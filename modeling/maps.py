@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .modeling.checks import check_index
-from .modeling.similarity import PAPER_LEVEL_WEIGHTS
+from .checks import check_index
+from .similarity import PAPER_LEVEL_WEIGHTS
 
 Box = tuple[float, float, float, float]
 
