@@ -1,0 +1,62 @@
+"""What several commands share: the checkpoint, and answers as text or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+
+def add_command(subparsers: Any, name: str, run: Callable, summary: str, example: str) -> argparse.ArgumentParser:
+    """The parser of a command, with `--json`; `run(arguments)` gives what is shown with it."""
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="write the answer as JSON")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="CHECKPOINT", help="a folder, or a name on the Hub")
+    parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda or cuda:1 (default: cpu)")
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, ready to score, and its processor.
+
+    Raises:
+        OSError, ValueError: there is no such checkpoint, or it is of another model.
+    """
+    from transformers import AutoConfig
+
+    from granalign_hf import GranAlignConfig, GranAlignModel, GranAlignProcessor
+
+    config = AutoConfig.from_pretrained(arguments.model)
+    if not isinstance(config, GranAlignConfig):
+        raise ValueError(f"`--model` must be a GranAlign checkpoint, {arguments.model} is of type {config.model_type!r}.")
+    model = GranAlignModel.from_pretrained(arguments.model).to(arguments.device).eval()
+    return model, GranAlignProcessor.from_pretrained(arguments.model)
+
+
+def show(arguments: argparse.Namespace, answer: Any, lines: list[str]) -> None:
+    """The lines for people, or the answer as one line of JSON."""
+    print(json.dumps(answer, ensure_ascii=False) if arguments.json else "\n".join(lines))
+
+
+def columns(rows: list[tuple]) -> list[str]:
+    """Rows of cells as lines: text to the left, numbers to the right."""
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    numbers = [isinstance(cell, int | float) for cell in rows[-1]]
+    return [
+        "  ".join(
+            cell.rjust(width) if is_number else cell.ljust(width) for cell, width, is_number in zip(row, widths, numbers)
+        ).rstrip()
+        for row in cells
+    ]
