@@ -11,6 +11,7 @@ import yaml
 
 from granalign_hf.evaluation import RetrievalRanks, paired_bootstrap, paired_bootstrap_of_runs, ranks_to_metrics
 from granalign_hf.training import compare
+from granalign_hf.training import jobs as jobs_module
 
 PROTOCOLS = ("flickr30k-1k", "coco-1k-5fold", "coco-5k")
 INDEX = np.repeat(np.arange(40), 2)
@@ -49,8 +50,8 @@ def calls(monkeypatch):
         leave_files(step)
         return Ended()
 
-    monkeypatch.setattr(compare, "_start", start)
-    monkeypatch.setattr(compare, "POLL_SECONDS", 0)
+    monkeypatch.setattr(jobs_module, "_start", start)
+    monkeypatch.setattr(jobs_module, "POLL_SECONDS", 0)
     return calls
 
 
@@ -100,7 +101,7 @@ def test_a_comparison_trains_each_run_with_each_seed_once(recipe, calls, tmp_pat
 
 
 def test_an_interrupted_comparison_goes_on(recipe, calls, monkeypatch, tmp_path):
-    start, stopped = compare._start, []
+    start, stopped = jobs_module._start, []
 
     def interrupted(step, cores):
         if step.script == "train" and step.folder.name == "grm-seed0" and not stopped:
@@ -110,7 +111,7 @@ def test_an_interrupted_comparison_goes_on(recipe, calls, monkeypatch, tmp_path)
             raise KeyboardInterrupt
         return start(step, cores)
 
-    monkeypatch.setattr(compare, "_start", interrupted)
+    monkeypatch.setattr(jobs_module, "_start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare.main([str(recipe)])
     assert list(json.loads((tmp_path / "results" / "results.json").read_text())["runs"]) == ["plain"]
@@ -199,13 +200,13 @@ def test_published_figures_are_whole():
 @pytest.fixture
 def real_processes(monkeypatch, tmp_path):
     """Real processes that run a small script in the place of train.py and evaluate.py, with the folder as its last word."""
-    script, popen = tmp_path / "script.py", compare.subprocess.Popen
+    script, popen = tmp_path / "script.py", jobs_module.subprocess.Popen
 
     def start(command, **options):
         folder = command[command.index("--output_dir") + 1] if "--output_dir" in command else command[3]
         return popen([sys.executable, str(script), command[2].rpartition(".")[2], folder], **options)
 
-    monkeypatch.setattr(compare.subprocess, "Popen", start)
+    monkeypatch.setattr(jobs_module.subprocess, "Popen", start)
     np.savez(tmp_path / "ranks.npz", **vars(draw_ranks(0)))
     head = (
         "import json, os, pathlib, shutil, sys, time\n"
@@ -246,16 +247,16 @@ def test_a_failed_run_ends_the_others_and_is_named(recipe, real_processes, tmp_p
 
 def test_an_interrupt_ends_the_process(recipe, real_processes, monkeypatch, tmp_path):
     real_processes("(folder / 'started').touch()\ntime.sleep(60)\n")
-    started, sleep = tmp_path / "runs" / "plain-seed0" / "started", compare.time.sleep
-    processes, start = [], compare._start
+    started, sleep = tmp_path / "runs" / "plain-seed0" / "started", jobs_module.time.sleep
+    processes, start = [], jobs_module._start
 
     def sleep_until_it_runs(seconds):
         sleep(seconds)
         if started.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare.time, "sleep", sleep_until_it_runs)
-    monkeypatch.setattr(compare, "_start", lambda *args: processes.append(start(*args)) or processes[-1])
+    monkeypatch.setattr(jobs_module.time, "sleep", sleep_until_it_runs)
+    monkeypatch.setattr(jobs_module, "_start", lambda *args: processes.append(start(*args)) or processes[-1])
     with pytest.raises(KeyboardInterrupt):
         compare.main([str(recipe)])
     assert [process.returncode for process in processes] == [-15]

@@ -18,23 +18,19 @@ import itertools
 import json
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
 from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
 from granalign_hf.training.arguments import DataArguments, as_words
+from granalign_hf.training.jobs import Step, finish
 from granalign_hf.training.plot import plot_comparison
 from granalign_hf.training.protocols import read_ranks
-from granalign_hf.training.runtime import available_cores, hardware, pin, portable
+from granalign_hf.training.runtime import available_cores, hardware, portable
 
-POLL_SECONDS = 0.2
 COLUMNS = ("rsum", "image_to_text_r1", "text_to_image_r1")
 
 
@@ -84,71 +80,14 @@ def main(argv: list[str] | None = None) -> dict:
     finished: set[tuple[int, str]] = set()
     # Seed by seed, so that an interrupted comparison has all runs of its first seeds.
     runs = [(seed, name) for seed in comparison.seeds for name in comparison.runs]
-    for seed, name in finish_runs(comparison, runs, arguments.jobs):
+    work = [(run, missing_steps(comparison, run[1], run[0])) for run in runs]
+    for seed, name in finish(work, arguments.jobs):
         print(f"--- {name}, seed {seed}: done", flush=True)
         finished.add((seed, name))
         ranks = {name: _ranks(comparison, name, finished) for name in comparison.runs}
         write_results(comparison, {n: r for n, r in ranks.items() if r}, portable(command))
     print((Path(comparison.results_dir) / "table.md").read_text())
     return json.loads((Path(comparison.results_dir) / "results.json").read_text())
-
-
-def finish_runs(comparison: Comparison, runs: list[tuple[int, str]], jobs: int) -> Iterator[tuple[int, str]]:
-    """Trains, resumes or evaluates what is not there yet, `jobs` processes at a time; gives each run when it is finished.
-
-    Whatever ends it, a failure or an interrupt, ends the processes too.
-
-    Raises:
-        ValueError: a folder holds a run of other settings. RuntimeError: a process failed; the message names its log.
-    """
-    cores = available_cores()
-    free = [cores[job::jobs] if jobs > 1 else None for job in range(jobs)]
-    waiting = [(run, missing_steps(comparison, run[1], run[0])) for run in runs]
-    active: dict[subprocess.Popen, _Job] = {}
-    try:
-        while waiting or active:
-            while waiting and free:
-                run, steps = waiting.pop(0)
-                step = next(steps, None)
-                if step is None:
-                    yield run
-                else:
-                    share = free.pop()
-                    active[_start(step, share)] = _Job(run, steps, step, share)
-            time.sleep(POLL_SECONDS)
-            for process in [process for process in active if process.poll() is not None]:
-                job = active.pop(process)
-                if process.returncode != 0:
-                    told = f"; see {job.step.log}" if jobs > 1 else ""
-                    raise RuntimeError(
-                        f"{job.step.script} of {job.step.folder} failed with exit status {process.returncode}{told}"
-                    )
-                free.append(job.cores)
-                waiting.insert(0, (job.run, job.steps))
-    finally:
-        for process in active:
-            process.terminate()
-        for process in active:
-            process.wait()
-
-
-class Step(NamedTuple):
-    """A script with the words of its command line, for the run in a folder."""
-
-    script: str
-    words: list[str]
-    folder: Path
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.script}.log"
-
-
-class _Job(NamedTuple):
-    run: tuple[int, str]
-    steps: Iterator[Step]
-    step: Step
-    cores: list[int] | None
 
 
 def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step]:
@@ -169,11 +108,17 @@ def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step
         yield Step("train", [comparison.base, *own, *(["--resume", "true"] if is_started else [])], folder)
         (folder / "complete").touch()
     if not (folder / ranks).is_file():
-        of_data = {field.name: whole[field.name] for field in dataclasses.fields(DataArguments) if field.name in whole}
-        yield Step("evaluate", [str(folder), *as_words({**of_data, "split": comparison.split})], folder)
+        yield Step("evaluate", [str(folder), *data_words(comparison, name, seed)], folder)
     record.mkdir(parents=True, exist_ok=True)
     for file in ("settings.json", "metrics.json", ranks):  # the ranks last: they say that the record is complete
         shutil.copy(folder / file, record)
+
+
+def data_words(comparison: Comparison, name: str, seed: int) -> list[str]:
+    """The data of a run and the split of the comparison, as words of evaluate.py's command line."""
+    whole = run_settings(comparison, name, seed)
+    of_data = {field.name: whole[field.name] for field in dataclasses.fields(DataArguments) if field.name in whole}
+    return as_words({**of_data, "split": comparison.split})
 
 
 def run_settings(comparison: Comparison, name: str, seed: int) -> dict:
@@ -191,17 +136,6 @@ def run_settings(comparison: Comparison, name: str, seed: int) -> dict:
         if settings.is_file() and json.loads(settings.read_text()) != whole:
             raise ValueError(f"{place} holds a run of other settings ({settings}). Delete it, or change `{field}`.")
     return whole
-
-
-def _start(step: Step, cores: list[int] | None) -> subprocess.Popen:
-    """The script as a process of its own; on a share of the cores its output goes to a file."""
-    command = [sys.executable, "-m", f"granalign_hf.training.{step.script}", *step.words]
-    if cores is None:
-        return subprocess.Popen(command)
-    with step.log.open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    pin(process.pid, cores)
-    return process
 
 
 def _ranks(comparison: Comparison, name: str, finished: set[tuple[int, str]]) -> list[RetrievalRanks]:
@@ -278,7 +212,7 @@ def table(rows: dict[str, dict], baselines: list[str], diagnostics: list[str]) -
     head += ["published rSum"] * has_published
     lines = [head]
     for name, row in rows.items():
-        lines.append([name, str(len(row["rsum"])), *(_mean_and_spread(row[column]) for column in COLUMNS)])
+        lines.append([name, str(len(row["rsum"])), *(mean_and_spread(row[column]) for column in COLUMNS)])
         for baseline in baselines:
             difference = row.get(f"minus {baseline}")
             lines[-1].append("-" if difference is None else _difference(PairedDifference(**difference)))
@@ -293,7 +227,8 @@ def markdown_table(lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float]) -> str:
+    """ "12.3 ± 0.4", or "12.3" of one value."""
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 

@@ -1,0 +1,96 @@
+"""Grounding and foils of the runs of a comparison side by side."""
+
+import json
+import statistics
+
+import pytest
+import yaml
+from tiny import tiny_model, tiny_processor
+
+from granalign_hf.training import compare_grounding, evaluate, jobs
+from granalign_hf.training.compare import Comparison, run_folder
+
+
+class Ended:
+    returncode = 0
+
+    def poll(self):
+        return 0
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Two seeds of one run and one of another, which has no saliency."""
+    runs = {"grm": {}, "chan": {"aligner": "chan"}, "never-trained": {}}
+    content = {"base": "base.yaml", "split": "test", "seeds": [1, 0], "baselines": [], "diagnostics": [], "runs": runs}
+    content |= {"output_dir": str(tmp_path / "runs"), "results_dir": str(tmp_path / "results")}
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    (tmp_path / "base.yaml").write_text("dataset: scenes\n")
+    for name, seed in (("grm", 0), ("grm", 1), ("chan", 1)):
+        folder = run_folder(Comparison.read(path), name, seed)
+        tiny_model(seed=seed, **runs[name]).save_pretrained(folder)
+        tiny_processor().save_pretrained(folder)
+        (folder / "complete").touch()
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The evaluations that are run, here and of four scenes."""
+    calls = []
+
+    def start(step, cores):
+        task = step.words[step.words.index("--task") + 1]
+        calls.append((step.folder.name, task))
+        evaluate.main([*step.words, "--max_images", "4", "--output", str(step.folder / f"{task}-test.json")])
+        return Ended()
+
+    monkeypatch.setattr(jobs, "_start", start)
+    return calls
+
+
+def test_what_is_trained_is_measured_once(recipe, calls, tmp_path):
+    result = compare_grounding.main([str(recipe)])
+    assert calls == [(name, task) for name in ("grm-seed0", "grm-seed1", "chan-seed1") for task in ("grounding", "foils")]
+    assert compare_grounding.main([str(recipe)]) == result and len(calls) == 6
+    assert json.loads((tmp_path / "results" / "grounding.json").read_text()) == result
+    assert {name: run["seeds"] for name, run in result["runs"].items()} == {"grm": [0, 1], "chan": [1]}
+
+
+def test_the_tables(recipe, calls, tmp_path):
+    compare_grounding.main([str(recipe)])
+    files = [json.loads((tmp_path / "runs" / f"grm-seed{seed}" / "grounding-test.json").read_text()) for seed in (0, 1)]
+    accuracy = [file["pointing"]["all"]["accuracy"] for file in files]
+    lines = (tmp_path / "results" / "grounding.md").read_text().splitlines()
+    assert lines[2].startswith(f"| grm | 2 | {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} | ")
+    assert lines[3].startswith("| chan | 1 | ") and " | - | - | 0." in lines[3]
+    assert lines[5].startswith(f"| image center | - | {files[0]['pointing']['all']['image_center']:.1f} | ")
+    foils = json.loads((tmp_path / "runs" / "chan-seed1" / "foils-test.json").read_text())["foils"]
+    preferred, found = (tmp_path / "results" / "foils.md").read_text().split("\n\n")
+    assert preferred.splitlines()[3].startswith(f"| chan | 1 | {foils['all']['preferred']:.1f} | ")
+    assert found.splitlines()[3].startswith(f"| chan | 1 | {foils['all']['found']:.1f} | ")
+    assert found.splitlines()[4].startswith(f"| by chance | - | {foils['all']['chance']:.1f} | ")
+
+
+def test_an_interrupt_keeps_what_is_measured(recipe, calls, monkeypatch, tmp_path):
+    start = jobs._start
+
+    def interrupted(step, cores):
+        if step.folder.name == "grm-seed1":
+            raise KeyboardInterrupt
+        return start(step, cores)
+
+    monkeypatch.setattr(jobs, "_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare_grounding.main([str(recipe)])
+    runs = json.loads((tmp_path / "results" / "grounding.json").read_text())["runs"]
+    assert {name: run["seeds"] for name, run in runs.items()} == {"grm": [0]}
+
+
+def test_without_a_run_there_is_nothing_to_compare(recipe, capsys, tmp_path):
+    for flag in tmp_path.glob("runs/*/complete"):
+        flag.unlink()
+    with pytest.raises(SystemExit):
+        compare_grounding.main([str(recipe)])
+    assert "holds no finished run; run python training/compare.py" in capsys.readouterr().err
