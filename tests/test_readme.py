@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import TEXT, VISION, tiny_tokenizer
 from transformers import AutoModel, ViTImageProcessorPil
 
 from granalign_hf.training.arguments import parse_arguments
 from granalign_hf.training.columns import CAPTION_COLUMNS
+from granalign_hf.training.scenes import draw_scene
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,6 +37,7 @@ def folder_with_demo(tmp_path_factory):
         AutoModel.from_config(config).save_pretrained(folder / name)
     ViTImageProcessorPil().save_pretrained(folder / ENCODERS[0])
     tiny_tokenizer().save_pretrained(folder / ENCODERS[1])
+    draw_scene(np.random.default_rng(0)).image.save(folder / "scene.png")
     return folder
 
 
@@ -50,8 +53,17 @@ LINES = [line for kind, code in BLOCKS if kind == "bash" for line in code.strip(
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("accelerate launch")])
 def test_command_line_runs(folder_with_demo, line):
     small = SMALL if "train.py" in line else ["--max_images", "12"]
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *shlex.split(line)[1:], *small]
-    done = subprocess.run(command, cwd=folder_with_demo, capture_output=True, text=True, env=_offline())
+    run_line(folder_with_demo, ["accelerate.commands.accelerate_cli", *shlex.split(line)[1:], *small])
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("granalign ")])
+def test_command_runs(folder_with_demo, line):
+    run_line(folder_with_demo, ["granalign_hf.cli", *shlex.split(line)[1:]])
+
+
+def run_line(folder, words):
+    command = [sys.executable, "-m", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_offline())
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -63,7 +75,9 @@ def test_make_target_exists(line):
 
 def test_all_command_lines_are_covered():
     install = ["git clone ADDRESS granalign && cd granalign", ". .venv/bin/activate"]
-    assert LINES and all(line.startswith(("make ", "accelerate launch ")) for line in LINES if line not in install)
+    assert LINES and all(
+        line.startswith(("make ", "accelerate launch ", "granalign ")) for line in LINES if line not in install
+    )
 
 
 @pytest.mark.parametrize("recipe", [code for kind, code in BLOCKS if kind == "yaml"])
