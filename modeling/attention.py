@@ -175,7 +175,8 @@ def _select(tile: Tile, keep_share: Fraction) -> tuple[Tensor, Tensor]:
     is_real = tile.patch_weights > 0
     score = (by_words + by_patches).masked_fill(~is_real, -torch.inf).transpose(0, 1)
     num_kept = (is_real.sum(1) * keep_share.numerator + keep_share.denominator - 1) // keep_share.denominator
-    order = score.argsort(dim=2, descending=True, stable=True)
+    # Ties by position, but in ONNX, which has no stable sort.
+    order = score.argsort(dim=2, descending=True, **({} if torch.compiler.is_exporting() else {"stable": True}))
     is_first = torch.arange(score.shape[2], device=score.device) < num_kept.clamp(min=1)[:, None]
     is_kept = torch.zeros_like(score, dtype=torch.bool).scatter(2, order, is_first[:, None].expand_as(order))
     is_left_out = is_real[:, None] & ~is_kept

@@ -30,7 +30,8 @@ class Layout(NamedTuple):
         dtype = torch.promote_types(tokens.patch_embeds.dtype, torch.float32)
         lengths = word_mask.sum(1, keepdim=True)
         slots = torch.arange(word_mask.shape[1], device=word_mask.device)
-        real_first = word_mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        # Not a stable sort of the mask, which ONNX does not have.
+        real_first = torch.where(word_mask, slots, slots + word_mask.shape[1]).argsort(dim=1)
         word_index = real_first.gather(1, torch.minimum(slots, lengths - 1).clamp(min=0))
         word_weights = (slots < lengths).to(dtype) / lengths.clamp(min=1)
         if patch_mask is None:

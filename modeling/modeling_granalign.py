@@ -175,7 +175,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
             attentions=getattr(vision_model_output, "attentions", None),
             patch_embeds=patch_embeds,
             patch_mask=patch_mask,
-            spatial_shapes=torch.tensor([spatial_shape], device=patch_embeds.device).expand(len(patch_embeds), 2),
+            spatial_shapes=torch.tensor([spatial_shape], device=patch_embeds.device).expand(patch_embeds.shape[0], 2),
             **self.aligner.describe_image(patch_embeds, patch_mask),
         )
 

@@ -21,6 +21,7 @@ from accelerate.logging import get_logger
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import bootstrap_interval
+from granalign_hf.export import ExportedModel
 from granalign_hf.model_card import write_model_card
 from granalign_hf.training.arguments import PRECISIONS, DataArguments
 from granalign_hf.training.data import CaptionedImages, load_split
@@ -57,6 +58,9 @@ class EvaluateArguments(DataArguments):
     )
     max_images: int | None = setting(None, "Evaluate on the first images only; the model card stays as it is.")
     batch_size: int = setting(64, "Images per step, at most 128.")
+    graphs: str | None = setting(
+        None, "Folder of `granalign export`: tokens come from its graphs, and the figures go there. Default: the model's."
+    )
     matmul_precision: str = setting("highest", f"float32 products: {', '.join(PRECISIONS)} (see torch).")
     output: str | None = setting(
         None,
@@ -76,6 +80,8 @@ def main(argv: list[str] | None = None) -> dict:
     set_up_torch(args.matmul_precision, accelerator.num_processes)
     data = load_data(args, parser)
     model, processor = load_checkpoint(checkpoint, parser)
+    if args.graphs is not None:
+        run_graphs(model, args.graphs, parser)
     located = None if args.task == "retrieval" else load_phrases(args, data, parser)
     leaks = find_leaks(data, folder) if accelerator.is_main_process else []  # first: a broken record costs no evaluation
     model.to(accelerator.device)
@@ -108,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict:
         if located is None:
             # So that another checkpoint can be compared with this one by `paired_bootstrap` without evaluating it again.
             save_ranks(output.with_name(f"ranks-{output.stem.removeprefix('metrics-')}.npz"), galleries)
-        if args.max_images is None and (folder / "metrics.json").is_file():
+        if args.max_images is None and args.graphs is None and (folder / "metrics.json").is_file():
             write_model_card(folder)
         print(TABLES[args.task](result))
         if leaks:
@@ -146,7 +152,7 @@ def output_file(args: EvaluateArguments, folder: Path, parser: SettingsParser) -
         parser.error(f"the folder {folder} holds no checkpoint: it has no config.json")
     if not folder.is_dir() and not HUB_ID.fullmatch(str(folder)):
         parser.error(f"the checkpoint {folder} does not exist: it is no folder here, and no Hub id (owner/name)")
-    place = folder if folder.is_dir() else Path()
+    place = Path(args.graphs) if args.graphs is not None else folder if folder.is_dir() else Path()
     output = Path(args.output or place / f"{FILES[args.task]}-{measured_name(args, folder)}.json")
     if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK) or not output.parent.is_dir():
         parser.error(f"the output {output} cannot be written: name a file in an existing folder")
@@ -189,6 +195,15 @@ def load_checkpoint(name: str, parser: SettingsParser) -> tuple[GranAlignModel, 
         where = "" if Path(name).is_dir() else " (it is no folder here, so it was looked for on the Hub)"
         parser.error(f"the checkpoint {name} cannot be loaded{where}: {' '.join(str(error).split())}")
     return model, processor
+
+
+def run_graphs(model: GranAlignModel, folder: str, parser: SettingsParser) -> None:
+    """From now on the tokens of images and captions are those of exported graphs; the scores are the model's own."""
+    try:
+        exported = ExportedModel(folder)
+    except ValueError as error:
+        parser.error(f"graphs: {error}")
+    model.get_image_features, model.get_text_features = exported.get_image_features, exported.get_text_features
 
 
 def protocol_in_words(args: EvaluateArguments, data: CaptionedImages) -> str:
