@@ -153,7 +153,7 @@ def mask_of_words(config: PreTrainedConfig, input_ids: torch.Tensor, attention_m
     if config.use_special_tokens:
         return is_token
     special = torch.tensor(config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
-    is_word = is_token & ~torch.isin(input_ids, special)
+    is_word = is_token & (input_ids[..., None] != special).all(-1)  # ONNX has no torch.isin
     return torch.where(is_word.any(1, keepdim=True), is_word, is_token)
 
 

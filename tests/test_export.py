@@ -17,7 +17,8 @@ CASES = [("onnx", "grm"), ("onnx", "laps"), ("torch-export", "grm"), ("torch-exp
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def exported(request, tmp_path_factory):
     format, aligner = request.param
-    folder, model = tmp_path_factory.mktemp("graphs"), tiny_model(aligner=aligner, logit_scale=2.0)
+    folder, fields = tmp_path_factory.mktemp("graphs"), {"use_special_tokens": False, "special_token_ids": [0, 2, 3]}
+    model = tiny_model(aligner=aligner, logit_scale=2.0, **(fields if aligner == "grm" else {}))
     files = export(model, tiny_processor(), folder, format)
     assert [file.name for file in files] == [p + {"onnx": ".onnx"}.get(format, ".pt2") for p in ("vision", "text", "scorer")]
     return model, folder
