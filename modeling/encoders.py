@@ -153,8 +153,8 @@ def mask_of_words(config: PreTrainedConfig, input_ids: torch.Tensor, attention_m
     if config.use_special_tokens:
         return is_token
     special = torch.tensor(config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
-    is_word = is_token & (input_ids[..., None] != special).all(-1)  # ONNX has no torch.isin
-    return torch.where(is_word.any(1, keepdim=True), is_word, is_token)
+    is_word = is_token & (input_ids[..., None] != special).all(-1)  # ONNX has no torch.isin, nor a choice of masks
+    return is_word | (is_token & ~is_word.any(1, keepdim=True))
 
 
 def _config_image_size(config: PreTrainedConfig) -> tuple[int, int]:
