@@ -7,7 +7,6 @@ and what no file carries is called not measured. `model_cards/template.md` holds
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+
+from .card_sections import finite, is_part, markdown_table, measured_sections
 
 DESCRIPTIONS = {
     "grm": "Fine-grained image-text alignment after GRM (AAAI 2026): salient patches and words, regions as a mixture of "
@@ -53,8 +54,9 @@ def write_model_card(
     """
     Writes `README.md` into the folder of a checkpoint, over the one that is there.
 
-    Reads `config.json`; `metrics.json` of training and every `metrics-<split>.json` of evaluation where they exist, but none
-    of the first images of a split (`-first-<number>`). Paths in them are cut to their last name: a card tells nothing about
+    Reads `config.json`; `metrics.json` of training and every `metrics-<split>.json`, `grounding-<split>.json`,
+    `foils-<split>.json` and `uncertainty-<split>.json` where they exist, but none of the first images of a split
+    (`-first-<number>`). Paths in them are cut to their last name: a card tells nothing about
     the machine it was written on.
 
     Args:
@@ -79,7 +81,7 @@ def write_model_card(
     if config is None:
         raise ValueError(f"`folder` must hold a config.json, {folder} has none. Save a model there with `save_pretrained`.")
     training = _read(folder / "metrics.json") or {}
-    evaluations = [_read_evaluation(path) for path in sorted(folder.glob("metrics-*.json")) if not _is_part(path)]
+    evaluations = [_read_evaluation(path) for path in sorted(folder.glob("metrics-*.json")) if not is_part(path)]
     aligner = config.get("aligner", "grm")
     encoders = [_encoder_name(name) for name in training.get("encoders", {}).values()]
     datasets = [training.get("dataset", "")] if datasets is None else datasets
@@ -104,7 +106,7 @@ def write_model_card(
         "description": DESCRIPTIONS.get(aligner, f"Image-text alignment with the aligner `{aligner}`."),
         "encoders": _encoder_section(config, training),
         **_image_code(config),
-        "results": _result_section(evaluations),
+        "results": "\n\n".join(filter(None, [_result_section(evaluations), measured_sections(folder)])),
         "training": _training_section(training, folder),
         "data": _data_section(training, data_notes, license),
         "notes": _bullets(training.get("notes", [])),
@@ -128,11 +130,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     return _without_paths(content)
-
-
-def _is_part(path: Path) -> bool:
-    """Whether it was measured on the first images of a split only: such figures are no result."""
-    return re.search(r"-first-\d+$", path.stem) is not None
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
@@ -186,15 +183,9 @@ def _fill(template: str, values: dict[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}. Measure it again before it goes into a card.")
-    return float(value)
-
-
 def _figure(value: Any, name: str) -> str:
     """Recalls with one digit, as papers print them; anything else with four."""
-    number = _number(value, name)
+    number = finite(value, name)
     return f"{number:.1f}" if name == "rsum" or re.search(r"_r\d+$", name) else f"{number:.4g}"
 
 
@@ -216,16 +207,11 @@ def _eval_results(evaluation: dict[str, Any]) -> Iterator[EvalResult]:
             dataset_split=evaluation["split"],
             metric_type=name,
             metric_name=_metric_title(name),
-            metric_value=round(_number(value, name), 2),
+            metric_value=round(finite(value, name), 2),
         )
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _bullets(sentences: Sequence[str]) -> str:
@@ -269,7 +255,7 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
                 for name in ("protocol", "num_images", "num_captions", "date", "command")
             }
         ),
-        _table(("metric", "value", "95 % interval"), rows),
+        markdown_table(("metric", "value", "95 % interval"), rows),
     ]
     if evaluation.get("diagnostics"):
         parts += ["How much saliency and regions were at work:", _metric_table(evaluation["diagnostics"])]
@@ -277,7 +263,9 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
 
 
 def _metric_table(metrics: dict[str, Any]) -> str:
-    return _table(("metric", "value"), [(_metric_title(name), _figure(value, name)) for name, value in metrics.items()])
+    return markdown_table(
+        ("metric", "value"), [(_metric_title(name), _figure(value, name)) for name, value in metrics.items()]
+    )
 
 
 def _training_section(training: dict[str, Any], folder: Path) -> str:
@@ -304,7 +292,7 @@ def _training_section(training: dict[str, Any], folder: Path) -> str:
     if before:
         rows["started from"] = f"best epoch, {before.get('best_epoch')}, of `{before.get('command')}`"
     recorded = [(name, "not recorded" if value is None else value) for name, value in rows.items()]
-    parts = [_table(("setting", "value"), recorded)]
+    parts = [markdown_table(("setting", "value"), recorded)]
     if training.get("validation"):
         parts += ["On the validation split, at the best epoch:", _metric_table(training["validation"])]
     parts += [f"![{title}]({name})" for name, title in PICTURES.items() if (folder / name).is_file()]
@@ -315,11 +303,11 @@ def _hours(training: dict[str, Any]) -> str | None:
     """Those of the run, and all of them where it went on from another."""
     if training.get("hours") is None:
         return None
-    hours = _number(training["hours"], "hours")
+    hours = finite(training["hours"], "hours")
     earlier = (training.get("started_from") or {}).get("hours")
     if earlier is None:
         return f"{hours:g}"
-    return f"{hours:g}, and {_number(earlier, 'hours'):g} of the run that it started from: {hours + earlier:.4g}"
+    return f"{hours:g}, and {finite(earlier, 'hours'):g} of the run that it started from: {hours + earlier:.4g}"
 
 
 def _data_section(training: dict[str, Any], notes: Sequence[str] | None, license: str | None) -> str:

@@ -1,0 +1,129 @@
+"""What a model card says of words in pictures, of wrong words and of certainty, from the files that measured it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+BASELINES = ("random_patch", "image_center", "largest_box")
+WAYS = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
+
+
+def measured_sections(folder: Path) -> str:
+    """A section for each of grounding-SPLIT.json, foils-SPLIT.json and uncertainty-SPLIT.json of whole splits.
+
+    Raises:
+        ValueError: a file is no JSON or lacks a figure, or a figure is not a finite number.
+    """
+    sections = []
+    for kind, (title, explained, table) in SECTIONS.items():
+        files = [path for path in sorted(folder.glob(f"{kind}-*.json")) if not is_part(path)]
+        if files:
+            sections += [f"## {title}", explained, *(_described(path, table) for path in files)]
+    return "\n\n".join(sections)
+
+
+def is_part(path: Path) -> bool:
+    """Whether it was measured on the first images of a split only: such figures are no result."""
+    return re.search(r"-first-\d+$", path.stem) is not None
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def finite(value: Any, name: str) -> float:
+    """Raises ValueError unless the value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}. Measure it again before it goes into a card.")
+    return float(value)
+
+
+def _described(path: Path, table: Callable[[dict[str, Any]], str]) -> str:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return f"On {Path(result['dataset']).name}, split {result['split']} ({result['date']}):\n\n{table(result)}"
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}. Write it anew with training/evaluate.py or calibrate.py.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Write it again.") from error
+
+
+def _percent(row: dict[str, Any], name: str, bounds: tuple[str, str] | None = None) -> str:
+    value = f"{finite(row[name], name):.1f}"
+    if bounds is None:
+        return value
+    low, high = (finite(row[bound], bound) for bound in bounds)
+    return f"{value} [{low:.1f}, {high:.1f}]"
+
+
+def _grounding(result: dict[str, Any]) -> str:
+    head = ["phrases", "number", "in the box", *(name.replace("_", " ") for name in BASELINES)]
+    rows = [
+        [group, row["num_phrases"], _percent(row, "accuracy", ("low", "high")), *(_percent(row, name) for name in BASELINES)]
+        for group, row in result["pointing"].items()
+    ]
+    told = [markdown_table(head, rows), f"{_percent(result, 'corner_share')} % of the phrases point at a corner patch."]
+    for name, area in result["auroc"].items():
+        told.append(f"AUROC of {name.replace('_', ' ')}: {finite(area['mean'], name):.3f}.")
+    return "\n\n".join([told[0], " ".join(told[1:])])
+
+
+def _foils(result: dict[str, Any]) -> str:
+    head = ["edited", "number", "true caption higher", "edited word lowest", "by chance"]
+    rows = [
+        [
+            *(kind, row["number"], _percent(row, "preferred", ("low", "high"))),
+            *(_percent(row, "found", ("found_low", "found_high")), _percent(row, "chance")),
+        ]
+        for kind, row in result["foils"].items()
+    ]
+    return markdown_table(head, rows)
+
+
+def _uncertainty(result: dict[str, Any]) -> str:
+    head = ["", *WAYS.values()]
+    ways = [result[way] for way in WAYS]
+
+    def row(title: str, *keys: str, digits: int = 3) -> list[str]:
+        values = [functools.reduce(lambda figures, key: figures[key], keys, way) for way in ways]
+        return [title, *(f"{finite(value, title):.{digits}f}" for value in values)]
+
+    rows = [
+        row("expected calibration error of the softmax, before", "softmax", "ece_before"),
+        row("the same, after", "softmax", "ece"),
+        row("expected calibration error of P(first is right)", "confidence", "ece"),
+        row("coverage of answer sets (%)", "answer_sets", "coverage", digits=1),
+        row("candidates in an answer set, mean", "answer_sets", "mean_size", digits=1),
+    ]
+    for name in ways[0]["is_the_first_wrong"]:
+        title = f"AUROC of {name.replace('_', ' ')} for a wrong first answer"
+        rows.append(row(title, "is_the_first_wrong", name, "auroc"))
+    return markdown_table(head, rows)
+
+
+SECTIONS = {
+    "grounding": (
+        "Where words point",
+        "The pointing game, in percent: is the patch with the highest mean score of a phrase's words in a box of the "
+        "phrase? Beside it what needs no model. An AUROC of 0.5 is that of chance.",
+        _grounding,
+    ),
+    "foils": (
+        "Which word is wrong",
+        "Captions with one thing edited, in percent: does the true caption score higher, and has the edited word the lowest "
+        "share of the score?",
+        _foils,
+    ),
+    "uncertainty": (
+        "How sure it is",
+        "Fitted on the validation split, for queries like those and galleries of that size with one right candidate.",
+        _uncertainty,
+    ),
+}
