@@ -176,7 +176,7 @@ def measure_foils(
     if not foils:
         raise ValueError("No foil can be made: the phrases have no colour, number, usual noun or second phrase.")
     by_image = {number: list(group) for number, group in itertools.groupby(foils, key=lambda foil: foil.image)}
-    texts = {n: [text for foil in group for text in (foil.caption, foil.wrong)] for n, group in by_image.items()}
+    texts = {n: _texts(group) for n, group in by_image.items()}
 
     def measure(seen: Encoded) -> list[_Answer]:
         return _answers(model, processor.tokenizer, seen, by_image[seen.number])
@@ -184,22 +184,30 @@ def measure_foils(
     return _summary(measure_by_image(model, processor, data, texts, batch_size, measure))
 
 
+def _texts(foils: Sequence[Foil]) -> list[str]:
+    """The true captions of an image, each once, and the wrong ones."""
+    return [*dict.fromkeys(foil.caption for foil in foils), *(foil.wrong for foil in foils)]
+
+
 def _answers(model, tokenizer, seen: Encoded, foils: list[Foil]) -> list[_Answer]:
-    """Of one image, among whose captions a true one stands before each wrong one."""
+    """Of one image, whose captions are its [`_texts`]."""
     image, text, index, rows = seen.image, seen.text, seen.image_row, seen.rows
     own = type(image)(**{name: values[index : index + 1] for name, values in image.items()})
     captions = type(text)(**{name: values[rows.start : rows.stop] for name, values in text.items()})
-    right, wrong = model.score(own, captions)[0].unflatten(0, (-1, 2)).T.tolist()
-    answers = []
-    for number, foil in enumerate(foils):
-        shares = model.explain(image, text, index, rows[2 * number + 1]).patch_shares.sum(dim=1).cpu()
+    scores = model.score(own, captions)[0].tolist()
+    answers, first_wrong = [], len(rows) - len(foils)
+    true = {caption: place for place, caption in enumerate(_texts(foils)[:first_wrong])}
+    for place, foil in enumerate(foils, start=first_wrong):
+        shares = model.explain(image, text, index, rows[place]).patch_shares.sum(dim=1).cpu()
         read = words_of(foil.wrong, tokenizer)
         edited = {word for start, end in foil.spans for word in words_within(read, start, end)}
         words = [word for word in read if word.is_content or word in edited]  # a number counts where it was edited
         of_words = [shares[list(word.tokens)].sum().item() for word in words]
         is_found = all(word in edited for word, share in zip(words, of_words, strict=True) if share == min(of_words))
         chance = len(edited) / len(words) if words else 0.0
-        answers.append(_Answer(foil.image, foil.kind, right[number] > wrong[number], bool(words) and is_found, chance))
+        answers.append(
+            _Answer(foil.image, foil.kind, scores[true[foil.caption]] > scores[place], bool(words) and is_found, chance)
+        )
     return answers
 
 
