@@ -8,9 +8,9 @@ import sys
 from transformers.utils import logging
 
 from granalign_hf import __version__
-from granalign_hf.commands import align, doctor, explain, rank
+from granalign_hf.commands import align, doctor, explain, index, rank, search
 
-COMMANDS = (align, rank, explain, doctor)
+COMMANDS = (align, rank, explain, index, search, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of loading weights; a command that takes long shows its own
     try:
         arguments.run(arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"granalign: {error}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ class GranAlignIndex:
 
         Raises:
             ValueError: a value is none of these, or there is an index already.
-            RuntimeError: another process writes there.
+            BlockingIOError: another process writes there.
             ImportError: the engine is not installed.
         """
         _check_model(model)
@@ -112,6 +113,7 @@ class GranAlignIndex:
             "max_patches": form.max_patches,
             "dim": model.config.projection_dim,
             "num_vectors": num_search_vectors(model.config, contents),
+            "checkpoint": _checkpoint(model),
             "fingerprint": fingerprint(model, processor),
         }
         place = None if token_folder is None else Path(token_folder)
@@ -128,7 +130,7 @@ class GranAlignIndex:
 
         Raises:
             ValueError: there is no index, or it was built with another model or preprocessing.
-            RuntimeError: another process writes there (mode "a").
+            BlockingIOError: another process writes there (mode "a").
         """
         _check_model(model)
         storage = open_storage(path_or_url, mode, None if token_folder is None else Path(token_folder))
@@ -182,7 +184,7 @@ class GranAlignIndex:
             is_quiet: no progress bar.
 
         Raises:
-            ValueError: `ids` or `payloads` have another length, or `ids` are missing. RuntimeError: open for reading only.
+            ValueError: `ids` or `payloads` have another length, or `ids` are missing, or the index is open for reading only.
         """
         self._check_writer()
         ids = _ids_of(items) if ids is None else list(ids)
@@ -257,7 +259,7 @@ class GranAlignIndex:
 
     def _check_writer(self) -> None:
         if not self.storage.is_writer:
-            raise RuntimeError(f'{self.storage.path} is open for reading. Open it with mode="a" to change it.')
+            raise io.UnsupportedOperation(f'{self.storage.path} is open for reading. Open it with mode="a" to change it.')
 
     # ------------------------------------------------------------------------------------------------------------ searching
 
@@ -323,6 +325,12 @@ class GranAlignIndex:
 def _check_model(model) -> None:
     if model.training:
         raise ValueError("`model` is in training mode, where scores are drawn at random. Call `model.eval()` first.")
+
+
+def _checkpoint(model) -> str | None:
+    """Where the model came from: a folder, whatever the working directory is, or a name on the Hub."""
+    path = Path(model.name_or_path or "")
+    return str(path.resolve()) if model.name_or_path and path.is_dir() else model.name_or_path or None
 
 
 def _ids_of(things: Sequence) -> list[str]:

@@ -52,7 +52,7 @@ def create_storage(
 
     Raises:
         ValueError: there is an index already, or `options` without a server.
-        RuntimeError: another process writes there.
+        BlockingIOError: another process writes there.
         ImportError: the engine is not installed.
     """
     path = str(path_or_url)
@@ -82,28 +82,47 @@ def open_storage(path_or_url: str | Path, mode: str, token_folder: Path | None) 
 
     Raises:
         ValueError: another `mode`, or there is no index.
-        RuntimeError: another process writes there.
+        BlockingIOError: another process writes there.
         ImportError: the engine is not installed.
     """
     if mode not in ("r", "a"):
         raise ValueError(f'`mode` must be "r" (read) or "a" (add and change), got {mode!r}.')
     path = str(path_or_url)
+    settings = read_settings(path)
     if is_url(path):
         server = _engine_module("server")
-        client, collection = server.connect(path)
-        settings = server.collection_settings(client, collection)
-        if not settings or "fingerprint" not in settings:
-            raise ValueError(f"There is no index at {path}. Make one with `GranAlignIndex.create`.")
-        engine = server.Server(client, collection, settings["dim"])
+        engine = server.Server(*server.connect(path), settings["dim"])
         return _with_tokens(path, settings, engine, token_folder, mode == "a")
     folder = Path(path)
-    if not (folder / "index.json").is_file():
-        raise ValueError(f"There is no index in {path}: `index.json` is missing. Make one with `GranAlignIndex.create`.")
-    settings = json.loads((folder / "index.json").read_text())
     if mode == "a":
         return _open_folder(folder, settings, token_folder, _lock(folder))
     _publish_what_was_left(folder, settings)
     return _open_folder(folder, settings, token_folder, None)
+
+
+def checkpoint_of(path_or_url: str | Path) -> str:
+    """Where the model was that an index was built with.
+
+    Raises:
+        ValueError: there is no index, or its model had never been saved.
+    """
+    checkpoint = read_settings(str(path_or_url))["checkpoint"]
+    if checkpoint is None:
+        raise ValueError(f"{path_or_url} was built with a model that was not saved then. Name its checkpoint.")
+    return checkpoint
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """What an index was built with. Raises ValueError: there is no index."""
+    if is_url(path):
+        server = _engine_module("server")
+        settings = server.collection_settings(*server.connect(path)) or {}
+    else:
+        file = Path(path) / "index.json"
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+    if "fingerprint" not in settings:
+        raise ValueError(f"There is no index in {path}. Make one with `GranAlignIndex.create` or `granalign index`.")
+    return settings
 
 
 def is_url(path: str) -> bool:
@@ -116,7 +135,7 @@ def _lock(folder: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RuntimeError(
+        raise BlockingIOError(
             f'{folder} is open for writing elsewhere; one writer at a time is possible. Wait, or open it with mode="r".'
         ) from None
     return lock
@@ -138,7 +157,7 @@ def _publish_what_was_left(folder: Path, settings: dict[str, Any]) -> None:
     """A writer that was killed has not published what it committed: done here, unless another one is at work."""
     if settings["engine"] != "edge" or not _engine_module("edge").is_unpublished(folder / "engine"):
         return
-    with suppress(RuntimeError, PermissionError):
+    with suppress(BlockingIOError, PermissionError):
         lock = _lock(folder)
         try:
             _folder_engine(folder / "engine", settings, is_writer=True).close()
