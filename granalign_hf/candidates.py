@@ -7,24 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from .engines import Item, Point
 from .modeling.processing_granalign import read_image
 from .modeling.region_features import read_features
 
-NUM_CLUSTERS = 7  # with the pooled vector 8 KB an image of width 512 in float16
-NUM_ROUNDS = 5
+CELLS = (2, 3)  # rows and columns; with the class token and the pooled vector 8 KB an image of width 512 in float16
 USUAL_WORDS = 12  # of a caption
 
 
 def search_vectors(model: Any, features: Any) -> list[Tensor]:
     """Of each image or caption its (K, d) vectors; those of captions and images meet by MaxSim.
 
-    An image has its regions, where the aligner has some (GRM), and otherwise up to seven means of patches that are alike: a
-    word finds the patch that it looks for near one of them, which it does not in a mean over all patches or over the cells
-    of a grid. A caption has its words, times their saliency. With VSE++ both have the one vector that it compares, so that
-    MaxSim is the score.
+    An image has its regions, where the aligner has some (GRM), and otherwise its class token, if that takes part, and the
+    mean patch of each cell of 2 x 3. A caption has its words, times their saliency. With VSE++ both have the one vector
+    that it compares, so that MaxSim is the score.
     """
     is_image = features.get("patch_embeds") is not None
     if model.config.aligner == "vse++":
@@ -36,7 +34,7 @@ def search_vectors(model: Any, features: Any) -> list[Tensor]:
         return [own[mask] for own, mask in zip(words, features.word_mask, strict=True)]
     if has_regions(model.config):
         return list(features.region_embeds)
-    return list(cluster_means(features.patch_embeds))
+    return list(cell_means(features))
 
 
 def pooled_vectors(model: Any, features: Any) -> Tensor:
@@ -52,24 +50,24 @@ def num_search_vectors(config: Any, contents: str) -> int:
         return 1
     if contents == "captions":
         return USUAL_WORDS
-    return config.num_regions if has_regions(config) else NUM_CLUSTERS
+    return config.num_regions if has_regions(config) else CELLS[0] * CELLS[1] + 1
 
 
 def has_regions(config: Any) -> bool:
     return config.aligner == "grm" and config.use_region_prompts
 
 
-def cluster_means(patches: Tensor) -> Tensor:
-    """(B, Lv, d) patches of unit length -> (B, K, d), K the smaller of 7 and Lv: spherical k-means, from evenly spaced
-    patches, the same whenever it runs."""
-    num_patches, num_clusters = patches.shape[1], min(NUM_CLUSTERS, patches.shape[1])
-    means = patches[:, torch.linspace(0, num_patches - 1, num_clusters).round().long()].float()
-    for _ in range(NUM_ROUNDS):
-        nearest = (patches.float() @ means.transpose(1, 2)).argmax(2)
-        members = torch.nn.functional.one_hot(nearest, num_clusters).to(means.dtype)
-        sums = members.transpose(1, 2) @ patches.float()
-        means = torch.where(members.sum(1)[..., None] > 0, normalize(sums, dim=-1), means)
-    return means
+def cell_means(image: Any) -> Tensor:
+    """(B, K, d): the first token before the patch grid, if there is one, and the mean patch of each cell.
+
+    A grid of one column, such as that of boxes, is cut into as many parts from top to bottom.
+    """
+    rows, columns = image.spatial_shapes[0].tolist()
+    num_prefix = image.patch_embeds.shape[1] - rows * columns
+    grid = image.patch_embeds[:, num_prefix:].float().transpose(1, 2).unflatten(2, (rows, columns))
+    wanted = CELLS if columns > 1 else (CELLS[0] * CELLS[1], 1)
+    cells = adaptive_avg_pool2d(grid, (min(rows, wanted[0]), min(columns, wanted[1]))).flatten(2).transpose(1, 2)
+    return torch.cat([image.patch_embeds[:, : min(num_prefix, 1)].float(), cells], dim=1)
 
 
 class ItemEncoder:

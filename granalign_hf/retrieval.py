@@ -231,7 +231,7 @@ class GranAlignIndex:
         return len(found)
 
     def _write(self, added: Added, seen: set[str], wanted: list[tuple[str, Any, int]], things: Sequence) -> None:
-        """One batch: read, encode, tokens to the disk, then the engine."""
+        """One batch: read, encode, store."""
         read, kept = [], []
         for id, payload, number in wanted:
             try:
@@ -242,16 +242,25 @@ class GranAlignIndex:
                 added.refused.setdefault(str(id), str(error))
             else:
                 seen.add(id)
-        if not read:
-            return
-        features = self.encoder.features(read)
-        places: Sequence = [None] * len(kept)
+        if read:
+            self.add_features(self.encoder.features(read), *zip(*kept, strict=True))
+            added.num_added += len(kept)
+
+    def add_features(self, features: Any, ids: Sequence[str], payloads: Sequence[dict]) -> None:
+        """Adds, or replaces, what the model has said of pictures or captions, without a look at what is in.
+
+        Tokens first, then the engine: what is in has its tokens.
+
+        Args:
+            features: an output of `get_image_features` or `get_text_features`, a row an id.
+        """
+        self._check_writer()
+        places: Sequence = [None] * len(ids)
         if self.shards is not None:
             places = self.shards.append(to_rows(features, self.form))
-        items = [Item(id, payload, place) for (id, payload), place in zip(kept, places, strict=True)]
+        items = [Item(*one) for one in zip(ids, payloads, places, strict=True)]
         self.engine.upsert(self.encoder.points(features, items))
         self.engine.commit()
-        added.num_added += len(items)
 
     def _get(self, ids: Sequence[str]) -> Iterator[Item]:
         for start in range(0, len(ids), IDS_AT_ONCE):
