@@ -45,8 +45,8 @@ class TokenShards:
             os.fsync(file.fileno())
         return [[number, first + n, zlib.crc32(one)] for n, one in enumerate(content)]
 
-    def read(self, places: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Rows of one shard after another: which of the places they are, and the rows.
+    def read(self, places: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], np.memmap, list[int]]]:
+        """One shard after another: which of the places are there, the shard as a structured array, and their rows in it.
 
         Raises:
             ValueError: a place is not there.
@@ -54,16 +54,16 @@ class TokenShards:
         numbers = np.array([place[0] for place in places], int)
         for number in np.unique(numbers):
             chosen = np.flatnonzero(numbers == number).tolist()
-            wanted = [places[n][1] for n in chosen]
-            yield chosen, self._map(int(number), max(wanted))[wanted]
+            rows = [places[n][1] for n in chosen]
+            yield chosen, self._map(int(number), max(rows)), rows
 
     def is_whole(self, place: Sequence[int]) -> bool:
         """Whether the row is there and is what was written."""
         try:
-            ((_, rows),) = self.read([place])
+            ((_, shard, (row,)),) = self.read([place])
         except ValueError:
             return False
-        return zlib.crc32(rows[0].tobytes()) == place[2]
+        return zlib.crc32(shard[row].tobytes()) == place[2]
 
     def num_bytes(self) -> int:
         return sum(self._file(number).stat().st_size for number in self._numbers())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ IMAGE_FIELDS = (
     "spatial_shapes",
 )  # fmt: skip
 TEXT_FIELDS = ("word_embeds", "word_mask", "word_saliency")
+NOT_FOR_SCORES = ("region_assignment", "region_log_vars", "spatial_shapes")
 EMBEDS = ("patch_embeds", "word_embeds")
 LENGTH_STEP = 8  # words; captions are padded to a multiple, so that there are few layouts of rows
 
@@ -63,18 +65,26 @@ def to_rows(features: Any, form: TokenFormat) -> np.ndarray:
     return rows
 
 
-def from_rows(rows: np.ndarray, device: Any = "cpu") -> GranAlignImageOutput | GranAlignTextOutput:
-    """What [`to_rows`] was given, as far as it was kept, in float32."""
-    fields = {}
+def from_rows(
+    rows: np.ndarray, numbers: Sequence[int] | None = None, device: Any = "cpu", *, for_scores: bool = False
+) -> GranAlignImageOutput | GranAlignTextOutput:
+    """What [`to_rows`] was given, as far as it was kept, in float32.
+
+    Args:
+        numbers: of the rows that are wanted. `None`: all.
+        for_scores: only the fields that a score needs.
+    """
     stored = rows.dtype.names or ()
+
+    def read(name: str) -> Tensor:
+        value = torch.from_numpy(np.ascontiguousarray(rows[name] if numbers is None else rows[name][list(numbers)]))
+        value = value.to(device)
+        return value.float() if value.is_floating_point() or value.dtype == torch.int8 else value
+
+    fields = {}
     for name in stored:
-        if name.endswith("_scale"):
-            continue
-        value = torch.from_numpy(np.ascontiguousarray(rows[name])).to(device)
-        value = value.float() if value.is_floating_point() or value.dtype == torch.int8 else value
-        if f"{name}_scale" in stored:
-            value = value * torch.from_numpy(np.ascontiguousarray(rows[f"{name}_scale"])).to(device).float()[..., None]
-        fields[name] = value
+        if not name.endswith("_scale") and not (for_scores and name in NOT_FOR_SCORES):
+            fields[name] = read(name) * read(f"{name}_scale")[..., None] if f"{name}_scale" in stored else read(name)
     if "word_embeds" in fields:
         return GranAlignTextOutput(**fields)
     mask = torch.ones(fields["patch_embeds"].shape[:2], dtype=torch.bool, device=device)

@@ -20,7 +20,8 @@ from .storage import Storage
 from .tokens import from_rows
 
 Entry = tuple[float, int, Item]  # score, minus the place in the order of finding, item
-BLOCK = 256  # items whose tokens are in memory at once
+BLOCK = 256  # items of a walk over all that are in memory at once
+STEP_BYTES = 2**23  # of rows that become float32 at once: larger tensors are new memory each time, which takes longer
 PREFETCH = 1000  # items by their pooled vector, where an item has too many vectors for a graph
 
 
@@ -63,7 +64,7 @@ class TwoStages:
         if words is not None and (self.shards is None or self.settings["max_patches"] is not None):
             raise ValueError("`has_word_maps` needs the tokens of all patches, which this index does not have.")
         best = self._best(query, self._found(query, where, max(candidates, top_k), exact), top_k)
-        return [self._result(query, entry, best[0][0], words) for entry in best]
+        return self._results(query, best, words)
 
     def _found(self, query: Any, where: dict | None, candidates: int, exact: bool) -> Iterator[tuple[Item, float]]:
         """Items and their scores by the engine, which is 0 where all are scored anyway."""
@@ -90,33 +91,42 @@ class TwoStages:
 
     def _exact_scores(self, query: Any, items: list[Item]) -> list[float]:
         scores = np.empty(len(items))
-        for numbers, features in self._stored(items):
+        for numbers, features in self._stored(items, for_scores=True):
             scores[numbers] = self.model.score(*self._pair(query, features)).flatten().cpu().numpy()
         return scores.tolist()
 
-    def _stored(self, items: list[Item]) -> Iterator[tuple[list[int], Any]]:
-        """Features of the items, as far as they were stored, shard by shard; and which of the items they are."""
+    def _stored(self, items: list[Item], for_scores: bool = False) -> Iterator[tuple[list[int], Any]]:
+        """Features of the items, as far as they were stored, a step at a time; and which of the items they are."""
         assert self.shards is not None
-        for numbers, rows in self.shards.read([item.place or () for item in items]):
-            yield numbers, from_rows(rows, self.model.device)
+        for numbers, shard, rows in self.shards.read([item.place or () for item in items]):
+            step = max(STEP_BYTES // shard.dtype.itemsize, 1)
+            for start in range(0, len(rows), step):
+                part = slice(start, start + step)
+                yield numbers[part], from_rows(shard, rows[part], self.model.device, for_scores=for_scores)
 
     def _pair(self, query: Any, stored: Any) -> tuple[Any, Any]:
         """Image side before text side."""
         return (query, stored) if self.has_captions else (stored, query)
 
-    def _result(self, query: Any, entry: Entry, highest: float, words: list[Word] | None) -> Result:
-        score, _, item = entry
-        result = Result(item.id, score, item.payload, is_in_answer_set=self._is_in_answer_set(score, highest))
-        if self.shards is None:
-            return result
-        ((_, stored),) = self._stored([item])
-        pair, error, maps = self._pair(query, stored), None, None
-        if has_standard_errors(self.model.config):
-            error = standard_errors(self.model, *pair).item()
-        if words is not None:
-            tokens = word_maps(pair, level_weights=self.model.aligner.level_weights).cpu()
-            maps = [(word.text, tokens[list(word.tokens)].mean(0)) for word in words]
-        return replace(result, standard_error=error, word_maps=maps)
+    def _results(self, query: Any, best: list[Entry], words: list[Word] | None) -> list[Result]:
+        results = [
+            Result(item.id, score, item.payload, is_in_answer_set=self._is_in_answer_set(score, best[0][0]))
+            for score, _, item in best
+        ]
+        has_errors = has_standard_errors(self.model.config)
+        if self.shards is None or not (has_errors or words):
+            return results
+        for numbers, stored in self._stored([item for *_, item in best]):
+            pair = self._pair(query, stored)
+            errors = standard_errors(self.model, *pair).flatten().tolist() if has_errors else [None] * len(numbers)
+            for row, (number, error) in enumerate(zip(numbers, errors, strict=True)):
+                maps = None if words is None else self._word_maps(pair, row, words)
+                results[number] = replace(results[number], standard_error=error, word_maps=maps)
+        return results
+
+    def _word_maps(self, pair: tuple[Any, Any], row: int, words: list[Word]) -> list[tuple[str, Tensor]]:
+        tokens = word_maps(pair, image_index=row, level_weights=self.model.aligner.level_weights).cpu()
+        return [(word.text, tokens[list(word.tokens)].mean(0)) for word in words]
 
     def _is_in_answer_set(self, score: float, highest: float) -> bool | None:
         thresholds = self.model.config.conformal_thresholds

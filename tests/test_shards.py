@@ -20,8 +20,8 @@ def rows(dtype, count, seed=0):
 
 def read(store, places):
     found = {}
-    for numbers, part in store.read(places):
-        found |= dict(zip(numbers, part))
+    for numbers, shard, rows in store.read(places):
+        found |= dict(zip(numbers, shard[rows]))
     return [found[n] for n in range(len(places))]
 
 

@@ -144,7 +144,7 @@ def timed(run: Callable, clock: SimpleNamespace) -> Callable:
 
 
 SECTIONS: report.Sections = {"searching": searching, "indexing": indexing}
-HEAD = "# Search\n\nWritten by `python tests/benchmarks/retrieval.py`: two stages and exact scores, and what indexing costs.\n"
+HEAD = "# Search\n\nWritten by `python tests/benchmarks/retrieval.py`: two stages, exact scores, and the cost of indexing.\n"
 
 
 if __name__ == "__main__":
