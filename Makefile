@@ -23,6 +23,7 @@ check: .venv/.installed-dev
 bench: setup
 	$(BIN)/python tests/benchmarks/similarity.py
 	$(BIN)/python tests/benchmarks/data.py
+	$(BIN)/python tests/benchmarks/retrieval.py
 
 # A stamp is touched only after all was installed, so that an interrupted run is taken up again.
 .venv/.installed: pyproject.toml constraints.txt

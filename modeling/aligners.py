@@ -208,9 +208,16 @@ class VSE(Aligner):
         super().__init__(config)
         self.pooling = config.pooling
 
+    def pool_image(self, image) -> Tensor:
+        """(B, d) vectors of unit length."""
+        return _pool(image.patch_embeds, image.patch_mask, self.pooling)
+
+    def pool_text(self, text) -> Tensor:
+        """(C, d) vectors of unit length; a product with those of images is the score."""
+        return _pool(text.word_embeds, text.word_mask, self.pooling)
+
     def similarities(self, image, text) -> Tensor:
-        pooled_image = _pool(image.patch_embeds, image.patch_mask, self.pooling)
-        pooled_text = _pool(text.word_embeds, text.word_mask, self.pooling)
+        pooled_image, pooled_text = self.pool_image(image), self.pool_text(text)
         with torch.autocast(pooled_image.device.type, enabled=False):
             return (pooled_image @ pooled_text.T)[None]
 

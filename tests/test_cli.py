@@ -94,11 +94,40 @@ def test_explain(run, folder, parts, tmp_path):
     assert run(*words).startswith(f"difference {difference:.3f}\n")
 
 
+def test_index_and_search(run, folder, parts, tmp_path, monkeypatch, capsys):
+    pictures, index = tmp_path / "pictures", str(tmp_path / "my.index")
+    (pictures / "more").mkdir(parents=True)
+    for name, number in (("a.png", 0), ("more/b.png", 1)):
+        (pictures / name).write_bytes((folder / f"{number}.png").read_bytes())
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    (pictures / "notes.txt").write_text("no picture either")
+    answer = json.loads(run("index", str(pictures), "--out", index, "--json"))
+    assert (answer["num_added"], answer["num_skipped"], list(answer["refused"])) == (2, 0, ["broken.jpg"])
+    shown = run("index", str(pictures), "--out", index).splitlines()
+    assert shown[0] == f"0 added, 2 were in already, 2 in {index}" and shown[1].startswith("refused: broken.jpg: ")
+    model, processor = parts
+    images = [pictures / "a.png", pictures / "more/b.png"]
+    with torch.no_grad():
+        scores = model(**processor(images=images, text=SENTENCES[:1], return_tensors="pt")).logits_per_image[:, 0]
+    found = []
+    monkeypatch.setattr(Image.Image, "show", lambda image: found.append(image.size))
+    main(["search", index, SENTENCES[0], "--json", "--show"])  # the index knows its checkpoint
+    answer = json.loads(capsys.readouterr().out)
+    order = scores.argsort(descending=True).tolist()
+    assert [one["id"] for one in answer] == [["a.png", "more/b.png"][number] for number in order]
+    assert [one["score"] for one in answer] == pytest.approx(scores[order].tolist(), abs=2e-3)
+    assert found == [[(40, 30), (20, 20)][number] for number in order]
+    shown = run("search", index, SENTENCES[0], "--top", "1").splitlines()
+    assert len(shown) == 2 and shown[1].endswith(answer[0]["id"])
+
+
 def test_what_is_wrong_is_one_line(run, folder):
     for words, told in {
         ("align", "nowhere.png", "a dog"): "Image `nowhere.png` cannot be read",
         ("align", f"{folder}/0.png", " "): "must be a sentence of at least one word",
         ("rank", "--image", "a", "b", "--text", "c", "d"): "got 2 pictures and 2 sentences",
+        ("index", f"{folder}/no", "--out", f"{folder}/i"): "There are no pictures in",
+        ("search", f"{folder}/i", "a dog"): "There is no index in",
     }.items():
         with pytest.raises(SystemExit) as error:
             run(*words)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from granalign_hf.fingerprints import add_weights, image_settings, text_settings
 from granalign_hf.modeling import processing_granalign
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
@@ -126,18 +127,10 @@ def fingerprint(models: Iterable[PreTrainedModel], processor: GranAlignProcessor
     digest = hashlib.sha256()
     for model in models:
         digest.update(model.config.to_json_string().encode())
-        for name, weight in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(
-                weight.contiguous().cpu().view(torch.uint8).numpy().tobytes() if weight.ndim else repr(weight).encode()
-            )
-    image_settings = json.loads(processor.image_processor.to_json_string())
-    image_settings.pop("auto_map", None)  # where its code lies, once it was saved
-    digest.update(json.dumps(image_settings).encode())
+        add_weights(digest, model)
+    digest.update(image_settings(processor).encode())
     digest.update(Path(processing_granalign.__file__).read_bytes())  # how a picture becomes RGB is code, not a setting
-    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    del tokenizer["truncation"], tokenizer["padding"]  # those of the last call
-    digest.update(json.dumps([tokenizer, processor.tokenizer.model_max_length]).encode())
+    digest.update(text_settings(processor).encode())
     digest.update(json.dumps([data.table._fingerprint, data.image_column, data.rows, data.captions]).encode())
     digest.update(json.dumps([_picture_files(data), torch.get_float32_matmul_precision()]).encode())
     return digest.hexdigest()[:32]

@@ -22,8 +22,10 @@ def add_command(subparsers: Any, name: str, run: Callable, summary: str, example
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="CHECKPOINT", help="a folder, or a name on the Hub")
+def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`default`: what stands in for the checkpoint, in words; without it, the checkpoint must be given."""
+    about = "a folder, or a name on the Hub" + ("" if default is None else f" (default: {default})")
+    parser.add_argument("--model", required=default is None, metavar="CHECKPOINT", help=about)
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda or cuda:1 (default: cpu)")
 
 
