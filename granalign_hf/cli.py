@@ -8,9 +8,9 @@ import sys
 from transformers.utils import logging
 
 from granalign_hf import __version__
-from granalign_hf.commands import align, doctor, explain, rank
+from granalign_hf.commands import align, doctor, explain, push, rank
 
-COMMANDS = (align, rank, explain, doctor)
+COMMANDS = (align, rank, explain, push, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:
