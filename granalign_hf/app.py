@@ -7,7 +7,7 @@ Space names the checkpoint, and `GRANALIGN_INDEX` an index to search, if there i
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from importlib.resources import files
 from typing import Any
 
 import gradio as gr
@@ -15,9 +15,11 @@ from PIL import Image
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.explanation import Explanation, explain
+from granalign_hf.model_card import WIDGET
 from granalign_hf.modeling.pipelines import ImageTextRetrievalPipeline
 from granalign_hf.modeling.processing_granalign import read_image
 from granalign_hf.overlays import colour_scale, overlay, region_overlay
+from granalign_hf.retrieval import GranAlignIndex
 
 ALL_WORDS = "the whole sentence"
 REGIONS = "regions"
@@ -32,20 +34,19 @@ footer { display: none !important; }
 NUM_WORDS = 3  # of a region
 
 
-def build(model: Any, processor: Any, index: Any = None, examples: Sequence[tuple[str, str]] = ()) -> gr.Blocks:
+def build(model: Any, processor: Any, index: GranAlignIndex | None = None) -> gr.Blocks:
     """
     The page of a model.
 
     Args:
         model: a [`GranAlignModel`] in evaluation mode. processor: its [`GranAlignProcessor`].
-        index: a [`GranAlignIndex`] for the second tab, which is left out without one.
-        examples: paths of pictures with a sentence each.
+        index: of pictures, for the second tab, which is left out without one.
     """
     ranker = ImageTextRetrievalPipeline(model=model, processor=processor)
     with gr.Blocks(title="granalign") as page:
         gr.Markdown("# granalign\nWhere in the picture is each word, and how much does it count?")
         with gr.Tab("Align"):
-            _align_tab(model, processor, ranker, examples)
+            _align_tab(model, processor, ranker)
         if index is not None:
             with gr.Tab("Search"):
                 _search_tab(index)
@@ -61,7 +62,7 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------------- align
 
 
-def _align_tab(model: Any, processor: Any, ranker: Any, examples: Sequence[tuple[str, str]]) -> None:
+def _align_tab(model: Any, processor: Any, ranker: Any) -> None:
     explained = gr.State()
     with gr.Row():
         with gr.Column():
@@ -104,8 +105,9 @@ def _align_tab(model: Any, processor: Any, ranker: Any, examples: Sequence[tuple
     outputs = [explained, overlaid, chosen, shares, score, ranked, regions]
     gr.on([button.click, sentence.submit], align, [picture, sentence, others], outputs)
     chosen.input(show, [explained, chosen], overlaid)
-    if examples:
-        gr.Examples([list(example) for example in examples], [picture, sentence], label="Examples")
+    pictures = files("granalign_hf.model_cards")
+    examples = [[str(pictures.joinpath(name)), title] for name, (title, _) in WIDGET.items()]
+    gr.Examples(examples, [picture, sentence], label="Examples")
 
 
 def _explain(model: Any, processor: Any, image: Image.Image | None, text: str) -> Explanation:
@@ -192,15 +194,11 @@ def _thumbnail(one: Any) -> tuple[Image.Image, str]:
 
 def main() -> None:
     """As a Space."""
-    name, index = os.environ.get("GRANALIGN_MODEL"), os.environ.get("GRANALIGN_INDEX")
+    name, place = os.environ.get("GRANALIGN_MODEL"), os.environ.get("GRANALIGN_INDEX")
     if not name:
         raise SystemExit("Set the variable GRANALIGN_MODEL to the name of a checkpoint on the Hub.")
     model, processor = GranAlignModel.from_pretrained(name).eval(), GranAlignProcessor.from_pretrained(name)
-    if index:
-        from granalign_hf.retrieval import GranAlignIndex
-
-        index = GranAlignIndex.open(index, model, processor)
-    launch(build(model, processor, index or None))
+    launch(build(model, processor, GranAlignIndex.open(place, model, processor) if place else None))
 
 
 if __name__ == "__main__":

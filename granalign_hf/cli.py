@@ -8,9 +8,9 @@ import sys
 from transformers.utils import logging
 
 from granalign_hf import __version__
-from granalign_hf.commands import align, app, doctor, explain, export, index, rank, search
+from granalign_hf.commands import align, app, doctor, explain, export, index, push, rank, search
 
-COMMANDS = (align, rank, explain, index, search, export, app, doctor)
+COMMANDS = (align, rank, explain, index, search, push, export, app, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

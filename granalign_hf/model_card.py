@@ -33,6 +33,11 @@ DESCRIPTIONS = {
     "without alignment of words.",
 }
 PICTURES = {"learning_curve.png": "Loss and validation rSum by epoch", "demo.png": "Heat maps of the words of a caption"}
+# Examples of the Hub's widget: file -> title and labels, of which the first is true. The scenes are drawn by this project.
+WIDGET = {
+    "widget-1.png": ("A purple ring and a star", ("a red cross", "a blue cross", "two black circles")),
+    "widget-2.png": ("A red star and a circle", ("a pink triangle", "a green ring", "three yellow stars")),
+}
 _METRIC_TITLES = {"rsum": "rSum", "image_to_text": "Image to text", "text_to_image": "Text to image"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # An absolute path, one from the home folder, a Windows path or one that begins with a dot; not a URL, not `a/b`.
@@ -41,7 +46,15 @@ _MACHINE_PATH = re.compile(
 )
 
 
-def write_model_card(
+def write_model_card(folder: str | os.PathLike, **arguments: Any) -> Path:
+    """Writes [`model_card`] into `README.md` of the folder, over the one that is there, and returns its path."""
+    text = model_card(folder, **arguments)
+    card = Path(folder).resolve() / "README.md"
+    card.write_text(text, encoding="utf-8")
+    return card
+
+
+def model_card(
     folder: str | os.PathLike,
     *,
     repo_id: str | None = None,
@@ -50,9 +63,9 @@ def write_model_card(
     base_models: Sequence[str] | None = None,
     data_notes: Sequence[str] | None = None,
     template: str | None = None,
-) -> Path:
+) -> str:
     """
-    Writes `README.md` into the folder of a checkpoint, over the one that is there.
+    The card of a checkpoint.
 
     Reads `config.json`; `metrics.json` of training and every `metrics-<split>.json`, `grounding-<split>.json`,
     `foils-<split>.json` and `uncertainty-<split>.json` where they exist, but none of the first images of a split
@@ -61,16 +74,14 @@ def write_model_card(
 
     Args:
         folder: a folder that `save_pretrained` wrote.
-        repo_id: name on the Hub, for the code that loads the model. Default: the name of the folder.
+        repo_id: name on the Hub, for the title, for the code that loads the model, and for examples of the Hub's widget,
+            whose pictures [`bundle`] adds. Default: the name of the folder, and no examples.
         license: licence of the weights, as the Hub spells it. Default: `license` of `metrics.json`; without either the card
             claims none, since the data may forbid what the code allows.
         datasets: ids of the training data on the Hub. Default: the recorded data set, if its name is such an id.
         base_models: ids of the encoders on the Hub. Default: the recorded encoders whose names are such ids.
         data_notes: sentences about the data, its licence above all. Default: `data_notes` of `metrics.json`.
         template: text of another template. Default: `model_cards/template.md`.
-
-    Returns:
-        The path of the card.
 
     Raises:
         ValueError: `config.json` is missing, a file is not readable or lacks what its kind must have, a figure is not a
@@ -83,6 +94,7 @@ def write_model_card(
     training = _read(folder / "metrics.json") or {}
     evaluations = [_read_evaluation(path) for path in sorted(folder.glob("metrics-*.json")) if not is_part(path)]
     aligner = config.get("aligner", "grm")
+    name = (repo_id or folder.name).rpartition("/")[2]
     encoders = [_encoder_name(name) for name in training.get("encoders", {}).values()]
     datasets = [training.get("dataset", "")] if datasets is None else datasets
     base_models = encoders if base_models is None else base_models
@@ -94,26 +106,30 @@ def write_model_card(
         license=license,
         datasets=_hub_ids(datasets),
         base_model=_hub_ids(base_models),
-        model_name=folder.name,
+        model_name=name,
         eval_results=[result for evaluation in evaluations for result in _eval_results(evaluation)],
     )
     if not metadata.eval_results:  # the Hub refuses a model index without results
         metadata.eval_results = metadata.model_name = None
+    image_code = _image_code(config)
+    if repo_id is not None and not image_code["image_kind"]:
+        metadata.widget = [
+            {"src": name, "example_title": title, "candidate_labels": ", ".join(labels)}
+            for name, (title, labels) in WIDGET.items()
+        ]
     values = {
         "metadata": metadata.to_yaml(),
-        "model_name": folder.name,
+        "model_name": name,
         "model_id": repo_id or folder.name,
         "description": DESCRIPTIONS.get(aligner, f"Image-text alignment with the aligner `{aligner}`."),
         "encoders": _encoder_section(config, training),
-        **_image_code(config),
+        **image_code,
         "results": "\n\n".join(filter(None, [_result_section(evaluations), measured_sections(folder)])),
         "training": _training_section(training, folder),
         "data": _data_section(training, data_notes, license),
         "notes": _bullets(training.get("notes", [])),
     }
-    card = folder / "README.md"
-    card.write_text(_fill(template or _default_template(), values), encoding="utf-8")
-    return card
+    return _fill(template or _default_template(), values)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import region_model_and_processor, tiny_model, tiny_processor
 
-from granalign_hf.model_card import DESCRIPTIONS, write_model_card
+from granalign_hf.model_card import DESCRIPTIONS, WIDGET, write_model_card
 from granalign_hf.modeling.aligners import ALIGNERS
+from granalign_hf.training.scenes import draw_scene
 
 TRAINING = {
     "recipe": "training/recipes/flickr8k-vit-tiny.yaml",
@@ -294,6 +295,32 @@ def test_arguments_come_before_what_was_recorded(folder):
     assert (data.license, data.datasets, data.base_model) == ("cc-by-4.0", ["a/b"], ["c/d"])
     assert "- For research only." in section(card, "Data") and "Recorded." not in card
     assert 'AutoModel.from_pretrained("org/name", trust_remote_code=True)' in card
+
+
+def test_the_widget_has_examples_on_the_hub_only(folder):
+    assert "widget" not in ModelCard(card_of(folder)).data
+    card = ModelCard(card_of(folder, repo_id="org/name"))
+    assert card.data.widget[0] == {
+        "src": "widget-1.png",
+        "example_title": "A purple ring and a star",
+        "candidate_labels": "a red cross, a blue cross, two black circles",
+    }
+    assert [example["src"] for example in card.data.widget] == [*WIDGET] and "# name" in card.text
+    (folder / "config.json").write_text(
+        json.dumps({"vision_config": {"model_type": "region_features", "num_boxes": 4, "hidden_size": 6}})
+    )
+    assert "widget" not in ModelCard(card_of(folder, repo_id="org/name")).data
+
+
+@pytest.mark.parametrize(("name", "seed"), [("widget-1.png", 1), ("widget-2.png", 8)])
+def test_the_pictures_of_the_widget_are_drawn_scenes(name, seed):
+    scene = draw_scene(np.random.default_rng([7, seed]), image_size=128)
+    with Image.open(Path(__file__).parents[1] / "model_cards" / name) as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(scene.image))
+    true, *false = WIDGET[name][1]
+    assert any(true in caption for caption in scene.captions)
+    drawn = {(thing.colour, thing.shape) for thing in scene.objects}
+    assert not any((colour, shape.removesuffix("s")) in drawn for _, colour, shape in map(str.split, false))
 
 
 @pytest.mark.parametrize(("aligner", "words"), [("grm", "GRM"), ("chan", "CHAN"), ("vse++", "VSE++"), ("other", "`other`")])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import granalign_hf
+from granalign_hf.model_card import WIDGET
 
 ROOT = Path(granalign_hf.__file__).resolve().parents[1]
 FOLDERS = ("granalign_hf", "modeling", "training", "model_cards")
@@ -90,7 +91,8 @@ def test_the_wheel_holds_every_source_file(wheel_files):
             assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in wheel_files
     for recipe in (ROOT / "training" / "recipes").glob("*.yaml"):
         assert f"granalign_hf/training/recipes/{recipe.name}" in wheel_files
-    assert "granalign_hf/model_cards/template.md" in wheel_files
+    for name in ("template.md", *WIDGET):
+        assert f"granalign_hf/model_cards/{name}" in wheel_files
     assert any(name.endswith("licenses/LICENSE") for name in wheel_files)
 
 
