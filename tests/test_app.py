@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
-from granalign_hf import app
+from granalign_hf import GranAlignModel, app
 from granalign_hf.explanation import explain
+from granalign_hf.retrieval import GranAlignIndex
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SENTENCE = "a red dog and the blue cat"
@@ -33,15 +34,19 @@ def picture(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(parts, tmp_path_factory):
+def address(parts, picture, tmp_path_factory):
     """Of the command `granalign app` in a process of its own."""
     folder = tmp_path_factory.mktemp("checkpoint")
     for part in parts:
         part.save_pretrained(folder)
+    loaded = GranAlignModel.from_pretrained(folder).eval(), parts[1]
+    with GranAlignIndex.create(folder / "my.index", *loaded, engine="torch") as index:
+        index.add([str(picture)], is_quiet=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "granalign_hf.cli", "app", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "granalign_hf.cli", "app", str(folder)]
+    command += ["--port", str(port), "--index", str(folder / "my.index")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             yield wait_for(f"http://127.0.0.1:{port}", process)
@@ -109,6 +114,14 @@ def test_sentences_are_ranked(browser, picture):
 def test_nothing_is_wider_than_a_phone(browser, picture):
     align(browser, picture)
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_pictures_are_found(browser, picture):
+    browser.click("button[role=tab]:has-text('Search')")
+    browser.fill("#query textarea", "a red dog")
+    browser.click("#search")
+    browser.wait_for_selector("#found img")
+    assert picture.name in browser.inner_text("#found")
 
 
 def test_what_is_missing_is_told(browser):
