@@ -7,9 +7,11 @@ import pytest
 
 from granalign_hf.training.arguments import as_words, parse_arguments
 from granalign_hf.training.compare import Comparison, published_rsum, table
+from granalign_hf.training.compare_grounding import foils_table, grounding_table
 
 TRAINING = Path(__file__).parents[1] / "training"
 RESULTS = sorted(path.parent for path in TRAINING.glob("results/*/results.json"))
+GROUNDED = sorted(path.parent for path in TRAINING.glob("results/*/grounding.json"))
 RECIPES = sorted(path for kind in ("compare", "sweep") for path in (TRAINING / "recipes").glob(f"{kind}-*.yaml"))
 
 
@@ -23,6 +25,13 @@ def test_the_page_shows_the_measured_table(folder):
     assert {name: row["settings"] for name, row in result["runs"].items()} == {
         name: settings for name, settings in recipe.runs.items() if name in result["runs"]
     }
+
+
+@pytest.mark.parametrize("folder", GROUNDED, ids=lambda path: path.name)
+def test_the_page_shows_where_words_point(folder):
+    page, runs = (TRAINING / "EXPERIMENTS.md").read_text(), json.loads((folder / "grounding.json").read_text())["runs"]
+    for name, table in (("grounding.md", grounding_table), ("foils.md", foils_table)):
+        assert table(runs) == (folder / name).read_text() and table(runs) in page
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

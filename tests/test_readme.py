@@ -38,6 +38,7 @@ def folder_with_demo(tmp_path_factory):
     ViTImageProcessorPil().save_pretrained(folder / ENCODERS[0])
     tiny_tokenizer().save_pretrained(folder / ENCODERS[1])
     draw_scene(np.random.default_rng(0)).image.save(folder / "scene.png")
+    (folder / "pictures").symlink_to(ROOT / "model_cards" / "demo-scenes")
     return folder
 
 

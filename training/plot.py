@@ -8,6 +8,7 @@ draws the curves of a run again from its metrics.json, which training writes at 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -177,6 +178,18 @@ def plot_curves(
         axis.set(xlabel=condition, ylabel=title)
         _tidy(axis)
     axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def plot_sizes(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """Writes a picture of rSum against the bytes of a picture in an index, a line a run with its (bytes, rSum)."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for (name, points), (color, _) in zip(curves.items(), itertools.cycle(_LINES)):
+        axis.plot(*zip(*sorted(points)), marker="o", color=color, label=name)
+    axis.set(xlabel="bytes a picture", ylabel="rSum", xscale="log")
+    axis.legend(frameon=False, fontsize=8)
+    _tidy(axis)
     figure.savefig(path, dpi=110)
 
 
