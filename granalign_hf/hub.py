@@ -36,6 +36,8 @@ PROCESSOR = (
 )
 KEPT = ("config.json", *WEIGHTS, *PROCESSOR, *CODE, *PICTURES)
 WAITS = (1, 5)  # seconds before another try
+# Of `huggingface_hub`, where the Hub is the reason: a RuntimeError is around another one, and a gateway sends no JSON.
+FAILURES = (HTTPError, RuntimeError, json.JSONDecodeError)
 TOLERANCE = 1e-6  # of a score: a GRU rounds by where its weights lie in memory
 WITHOUT_PACKAGE = f"""
 import sys
@@ -183,8 +185,9 @@ def _scores(folder: Path, words: Sequence[str]) -> list[float]:
     """
     with TemporaryDirectory() as place:
         out = Path(place, "scores.json")
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": place, "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, *words, str(folder), str(out)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": place, "HF_MODULES_CACHE": place}
+        environment |= {"CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, *words, str(folder.resolve()), str(out)]
         run = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
         if run.returncode:
             raise ValueError(f"The checkpoint does not run in a process of its own: {run.stderr.strip().splitlines()[-1]}")
@@ -202,7 +205,7 @@ def _with_retries(call: Callable[[], T]) -> T:
     for wait in WAITS:
         try:
             return call()
-        except (HTTPError, RuntimeError) as error:
+        except FAILURES as error:
             status = _status(error)
             if status is not None and status < 500 and status not in (408, 409, 412, 429):
                 raise
@@ -226,8 +229,8 @@ def _clear_errors(repo_id: str, endpoint: str, outcome: str) -> Iterator[None]:
     """One message for what the Hub or the way to it did, with what has come of it; raises as [`push`] tells."""
     try:
         yield
-    except (HTTPError, RuntimeError, ConnectionError, LocalEntryNotFoundError) as error:
-        if not isinstance(_cause(error), HTTPError | OSError):
+    except (*FAILURES, ConnectionError, LocalEntryNotFoundError) as error:
+        if not isinstance(_cause(error), HTTPError | OSError | json.JSONDecodeError):
             raise
         status, cause = _status(error), " ".join(str(_cause(error)).split()).rstrip(".")
         if status == 401:
@@ -257,6 +260,6 @@ def _place(source: Path, target: Path) -> None:
     """Weights are linked where they can be: they are large, and written anew each time, never changed."""
     if _matches(source.name, WEIGHTS):
         with suppress(OSError):
-            os.link(source, target)
+            os.link(source.resolve(), target)  # in the Hub's cache files are symbolic links
             return
     shutil.copyfile(source, target)

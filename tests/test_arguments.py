@@ -31,17 +31,17 @@ RECIPES = [path for path in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")) if not 
 COMPARISONS = [path for path in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")) if path not in RECIPES]
 MODEL_FIELDS = [f.name for f in dataclasses.fields(ModelArguments)]
 COMMAND_LINE = """
-aligner attention_direction batch_size caption_augmentation caption_column caption_noise captions_per_image checkpoint
-crop_scale data_notes dataset dataset_config encoder_lr_factor entropy_weight epochs eval_batch_size eval_interval
-features_column freeze_encoders gradient_accumulation_steps image_column image_folder image_id_column kl_weight
-layer_decay learning_rate level_weights lora_alpha lora_encoders lora_rank lr_gamma lr_milestones lr_scheduler
-lr_warmup_share margin matmul_precision max_corrupt_share max_eval_images max_grad_norm max_train_images
-micro_batch_size mixed_precision notes num_prefix_tokens num_regions num_scenes num_workers output_dir patch_dropout
-patch_keep_share patch_pool_size pooling projection_dim projection_type reconstruction_weight region_logit_scale
-report_to resume saliency_temperature save_steps seed shuffle_buffer special_token_ids split_column steps_per_epoch
-streaming text_config text_encoder total_limit train_split use_patch_adapter use_prefix_tokens use_region_prompts
-use_region_uncertainty use_special_tokens use_word_adapter validation_split vision_config vision_encoder warmup_epochs
-weight_decay
+aligner attention_direction batch_size caption_augmentation caption_column caption_noise captions_per_image
+checkpoint crop_scale data_notes dataset dataset_config encoder_lr_factor entropy_weight epochs eval_batch_size
+eval_interval features_column freeze_encoders gradient_accumulation_steps hub_model_id hub_private_repo image_column
+image_folder image_id_column kl_weight layer_decay learning_rate level_weights lora_alpha lora_encoders lora_rank
+lr_gamma lr_milestones lr_scheduler lr_warmup_share margin matmul_precision max_corrupt_share max_eval_images
+max_grad_norm max_train_images micro_batch_size mixed_precision notes num_prefix_tokens num_regions num_scenes
+num_workers output_dir patch_dropout patch_keep_share patch_pool_size pooling projection_dim projection_type
+push_to_hub reconstruction_weight region_logit_scale report_to resume saliency_temperature save_steps seed
+shuffle_buffer special_token_ids split_column steps_per_epoch streaming text_config text_encoder total_limit
+train_split use_patch_adapter use_prefix_tokens use_region_prompts use_region_uncertainty use_special_tokens
+use_word_adapter validation_split vision_config vision_encoder warmup_epochs weight_decay
 """.split()
 
 
@@ -182,6 +182,15 @@ def assert_one_line_a_problem(error: str) -> None:
         (["--margin", "0", "--patch_dropout", "1"], "`patch_dropout` must lie in .*`margin` must be greater than 0"),
         (["--max_corrupt_share", "1"], "max_corrupt_share must lie in .0, 1., got 1.0"),
         (["--steps_per_epoch", "5"], "steps_per_epoch is for streaming"),
+        (
+            ["--push_to_hub"],
+            "push_to_hub needs hub_model_id, the repository as org/name - push_to_hub needs a token of the Hub",
+        ),
+        (["--push_to_hub", "--hub_model_id", "a b"], "hub_model_id: A repository on the Hub is named org/name, got 'a b'"),
+        (
+            ["--hub_model_id", "a/b", "--hub_private_repo", "true"],
+            "hub_model_id has no effect: push_to_hub is False - hub_private_repo",
+        ),
         (["--streaming", "true"], "streaming needs steps_per_epoch.*excludes text_config, .*excludes dataset scenes"),
         (["--features_column", "f", "--image_folder", "x"], "features_column replaces pictures"),
         (
@@ -190,7 +199,8 @@ def assert_one_line_a_problem(error: str) -> None:
         ),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(words, expected, capsys):
+def test_what_cannot_work_is_refused_by_name(words, expected, capsys, monkeypatch):
+    monkeypatch.setattr(arguments, "get_token", lambda: None)
     with pytest.raises(SystemExit):
         parse_arguments([str(DEFAULT_RECIPE), *words])
     error = capsys.readouterr().err

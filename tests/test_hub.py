@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from hub_server import HubServer
 from huggingface_hub import HfApi, constants
 from PIL import Image
 from test_loading import WITHOUT_PACKAGE
+from test_train import TINY
 from tiny import region_model_and_processor, tiny_model, tiny_processor
 
 from granalign_hf import fixed_scores, hub
+from granalign_hf.evaluation import ranks_to_metrics
 from granalign_hf.hub import CODE, bundle, check_repo_id, publish, push
+from granalign_hf.training import publishing, train
+from granalign_hf.training.publishing import Publishing
 
 REPO = "org/granalign"
 TOKEN, OTHERS_TOKEN, EXPIRED = "hf_writer", "hf_somebody", "hf_expired"
@@ -277,6 +282,7 @@ def test_the_hub_is_not_there(bundled, server, monkeypatch):
     [
         "POST /api/repos/create",
         "GET /api/models",
+        "POST /api/validate-yaml",
         "POST .*/preupload/",
         "POST .*/objects/batch",
         "PUT /lfs/",
@@ -318,3 +324,43 @@ def test_somebody_else_was_faster(bundled, server):
     (bundled / "README.md").write_text("---\ntags: [a third]\n---\n")
     with pytest.raises(ValueError, match=f"refuses {REPO}: .*409"):
         publish(bundled, REPO)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def train_and_push(server, tmp_path, monkeypatch, capsys):
+    """A short run, whose epochs get better and better, and what it told."""
+    monkeypatch.setattr(hub, "_scores", lambda *_: [0.5])
+    rsums = iter((1.0, 2.0, 3.0))
+    monkeypatch.setattr(train, "ranks_to_metrics", lambda ranks: ranks_to_metrics(ranks) | {"rsum": next(rsums)})
+
+    def run(*words: str) -> str:
+        train.main([*TINY, "--output_dir", str(tmp_path), "--push_to_hub", "--hub_model_id", REPO, *words])
+        assert not list(tmp_path.glob("push-unfinished-*"))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_best_checkpoints_of_a_training_are_pushed_while_it_goes_on(train_and_push, server, tmp_path, monkeypatch):
+    """Here the first push hangs until the last epoch is over, so that the end has to make up for the second."""
+    is_over, publish_now, finish = threading.Event(), publishing.publish, Publishing.finish
+    monkeypatch.setattr(publishing, "publish", lambda *args, **options: is_over.wait(120) and publish_now(*args, **options))
+    monkeypatch.setattr(Publishing, "finish", lambda self: (is_over.set(), finish(self)))
+    told = train_and_push("--epochs", "3", "--hub_private_repo", "true")
+    assert f"The best checkpoint is on the Hub, where it gives the same scores: {server.url}/{REPO}/commit/" in told
+    assert server.repositories[REPO].is_private
+    first, last = list(server.repositories[REPO].commits.values())[1:]
+    assert b"| best epoch | 1 of 1 |" in first.files["README.md"] and b"| best epoch | 3 of 3 |" in last.files["README.md"]
+    assert first.files["model.safetensors"] != last.files["model.safetensors"]
+    assert last.files["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_a_failed_push_ends_no_training(train_and_push, server, tmp_path):
+    server.failures += [("POST /api/repos/create", 403)] * 10
+    told = train_and_push("--epochs", "2", "--hub_private_repo", "true")
+    assert f"The best checkpoint is not on the Hub. The token has no right to write to {REPO}" in told
+    assert f"To push it by hand: granalign push {tmp_path} {REPO} --private\n" in told
+    assert json.loads((tmp_path / "metrics.json").read_text())["best_epoch"] == 2 and not server.repositories

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import yaml
 from accelerate.tracking import get_available_trackers
+from huggingface_hub import get_token
 
+from granalign_hf.hub import check_repo_id
 from granalign_hf.modeling.configuration_granalign import CALIBRATED_FIELDS, GranAlignConfig
 from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
 from granalign_hf.training.problems import settle_fields
@@ -146,6 +148,11 @@ class RunArguments(DataArguments):
     save_steps: int | None = setting(None, "Save a state after so many steps too, not only after each epoch.")
     total_limit: int = setting(1, "States that are kept, the last ones; the best checkpoint stays beside them.")
     resume: bool = setting(False, "Go on from the last complete state in `output_dir`; begin where there is none.")
+    push_to_hub: bool = setting(False, "Push each new best checkpoint to the Hub, in the background, and at the end.")
+    hub_model_id: str | None = setting(None, "Repository on the Hub, `org/name`; it is made if it does not exist.")
+    hub_private_repo: bool | None = setting(
+        None, "Whether a repository that is made is private. Default: what is set for `org`."
+    )
     notes: list[str] = setting([], "Sentences for the card: what a reader of the figures must know.")
     data_notes: list[str] = setting([], "Sentences for the card about the data, its licence above all.")
 
@@ -292,6 +299,7 @@ def _problems(run: RunArguments) -> list[str]:
         problems.append('lora_rank needs the Python package peft: pip install "granalign-hf[peft]"')
     if run.features_column is not None and (run.image_column is not None or run.image_folder is not None):
         problems.append("features_column replaces pictures: leave out image_column and image_folder")
+    problems += _hub_problems(run) if run.push_to_hub else []
     trackers = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
     choices = {"matmul_precision": PRECISIONS, "mixed_precision": ("no", "bf16", "fp16"), "lr_scheduler": SCHEDULERS}
     choices |= {"lora_encoders": LORA_ENCODERS}
@@ -304,9 +312,25 @@ def _problems(run: RunArguments) -> list[str]:
     return problems + [problem for name in ("vision_config", "text_config") for problem in _config_problems(run, name)]
 
 
+def _hub_problems(run: RunArguments) -> list[str]:
+    """What would let a push fail for certain, be it after days of training."""
+    problems = []
+    if run.hub_model_id is None:
+        problems.append("push_to_hub needs hub_model_id, the repository as org/name")
+    else:
+        try:
+            check_repo_id(run.hub_model_id)
+        except ValueError as error:
+            problems.append(f"hub_model_id: {error}")
+    if get_token() is None:
+        problems.append("push_to_hub needs a token of the Hub: log in with `hf auth login`, or set HF_TOKEN")
+    return problems
+
+
 # Settings -> the one that decides whether they have an effect, and the value with which they have none.
 CONDITIONS = {
     ("lora_alpha", "lora_encoders"): ("lora_rank", lambda rank: rank == 0),
+    ("hub_model_id", "hub_private_repo"): ("push_to_hub", lambda is_pushed: not is_pushed),
     ("shuffle_buffer",): ("streaming", lambda is_stream: not is_stream),
     ("lr_milestones", "lr_gamma"): ("lr_scheduler", lambda scheduler: scheduler != "multistep"),
     ("lr_warmup_share",): ("lr_scheduler", lambda scheduler: scheduler == "multistep"),

@@ -41,8 +41,10 @@ def keep_best(
     train_data: CaptionedImages | StreamedImages,
     state: dict,
     ranks: RetrievalRanks,
-) -> None:
+) -> bool:
     """Writes the checkpoint, and the rank of every query, if the last epoch is the best on validation; the record always.
+
+    Returns whether it is.
 
     Args:
         command: that started the run. state: of the run, its last epoch in it. ranks: of that epoch.
@@ -52,7 +54,8 @@ def keep_best(
     """
     output, record = Path(run.output_dir), state["history"][-1]
     with one_clear_error("best checkpoint", output):
-        if best_record(state["history"]) is record:
+        is_best = best_record(state["history"]) is record
+        if is_best:
             new = output / "checkpoint-unfinished"
             shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
             save_checkpoint(model, processor, new)
@@ -63,6 +66,7 @@ def keep_best(
         plot_history(state["history"], output / "learning_curve.png")
         write_model_card(output)
     tqdm.write(f"epoch {record['epoch']}: loss {record['loss']:.4f}, validation rSum {record['validation']['rsum']:.1f}")
+    return is_best
 
 
 def save_checkpoint(model, processor, folder: Path) -> None:

@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 # Settings that may change when a run goes on: they leave its steps as they are.
 FREE = (
     *("output_dir", "resume", "epochs", "eval_batch_size", "eval_interval", "report_to", "notes", "data_notes"),
-    *("save_steps", "total_limit"),
+    *("save_steps", "total_limit", "push_to_hub", "hub_model_id", "hub_private_repo"),
 )
 
 

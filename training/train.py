@@ -41,6 +41,7 @@ from granalign_hf.training.launch import start_accelerator
 from granalign_hf.training.leaks import save_training_images
 from granalign_hf.training.loaders import prepare, training_data, training_loader
 from granalign_hf.training.observing import epoch_means, log_step, log_validation, log_word_maps, start_trackers
+from granalign_hf.training.publishing import Publishing
 from granalign_hf.training.runtime import set_up_torch
 from granalign_hf.training.scoring import scored_split
 from granalign_hf.training.states import States, one_clear_error, refuse_to_replace, run_settings
@@ -69,6 +70,7 @@ class Training:
     loader: torch.utils.data.DataLoader
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    publishing: Publishing | None  # of the main process, if the run is pushed
 
     @property
     def plain_model(self) -> GranAlignModel:
@@ -122,6 +124,8 @@ def main(argv: list[str] | None = None) -> dict:
         if run.dataset != "scenes" and isinstance(training.train_data, CaptionedImages):
             save_training_images(training.train_data, output)
         print(f"best epoch {state['best_epoch']}: checkpoint and metrics in {output}")
+        if training.publishing:
+            training.publishing.finish()
     return state
 
 
@@ -166,7 +170,9 @@ def train_epochs(
             state["best_epoch"] = best_record(state["history"])["epoch"]
             if accelerator.is_main_process:
                 parts = (training.whole_model, training.processor, training.train_data)
-                keep_best(run, command, *parts, state, ranks)
+                is_best = keep_best(run, command, *parts, state, ranks)
+                if is_best and training.publishing and state["epoch"] < run.epochs:  # the last one has `finish`
+                    training.publishing.start()
         save()
     leave_if_asked()
 
@@ -226,6 +232,7 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     return Training(
         *(run, accelerator, train_data, val_data, val_features, processor, encoder, replica),
         *(images, order, loader, optimizer, scheduler),
+        Publishing(run) if run.push_to_hub and accelerator.is_main_process else None,
     )
 
 
