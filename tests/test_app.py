@@ -36,6 +36,8 @@ def picture(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(parts, picture, tmp_path_factory):
     """Of the command `granalign app` in a process of its own."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian's package `chromium`)")
     folder = tmp_path_factory.mktemp("checkpoint")
     for part in parts:
         part.save_pretrained(folder)
@@ -67,8 +69,6 @@ def wait_for(url: str, process: subprocess.Popen) -> str:
 
 @pytest.fixture
 def browser(address):
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian's package `chromium`)")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
