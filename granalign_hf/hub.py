@@ -86,7 +86,8 @@ def push(
         ValueError: the folder is no checkpoint, or the name of the repository is wrong.
         PermissionError: there is no token, it has expired, or it has no right to write there.
         ConnectionError: the Hub cannot be reached.
-        OSError: the Hub fails, or what was published scores differently. In all other cases it is as it was before.
+        OSError: the Hub fails, or what was published scores differently. But for the last, nothing is published then; a
+            repository that had to be made may stay, empty.
     """
     check_repo_id(repo_id)
     with TemporaryDirectory() as target:
@@ -163,7 +164,7 @@ def publish(
         target = {"revision": revision, "parent_commit": before.sha}
         return api.create_commit(repo_id, operations, commit_message=commit_message, **target)
 
-    with _clear_errors(repo_id, api.endpoint, f"{repo_id} is as it was before."):
+    with _clear_errors(repo_id, api.endpoint, f"Nothing was published to {repo_id}."):
         done = _with_retries(commit)
     with TemporaryDirectory() as fresh:
         with _clear_errors(repo_id, api.endpoint, f"{done.commit_url} was published, but not compared."):

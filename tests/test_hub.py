@@ -273,7 +273,9 @@ def test_tokens_that_are_refused(bundled, server, token, told, exists):
 def test_the_hub_is_not_there(bundled, server, monkeypatch):
     server.server.server_close()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=rf"127\.0\.0\.1:9 cannot be reached: .*refused\. {REPO} is as it was before"):
+    with pytest.raises(
+        ConnectionError, match=rf"127\.0\.0\.1:9 cannot be reached: .*refused\. Nothing was published to {REPO}"
+    ):
         publish(bundled, REPO)
 
 
@@ -308,7 +310,7 @@ def test_an_upload_that_fails_for_good_leaves_the_repository_as_it_was(bundled, 
     (bundled / "config.json").write_text("{}")
     monkeypatch.setattr("time.sleep", lambda _: None)
     server.failures += [(request_of, answer)] * 100
-    with pytest.raises(OSError, match=f"{REPO} is as it was before") as error:
+    with pytest.raises(OSError, match=f"Nothing was published to {REPO}") as error:
         publish(bundled, REPO)
     assert isinstance(error.value, ConnectionError) == (answer == "request")
     assert server.repositories[REPO].main is before and len(server.repositories[REPO].commits) == 2
@@ -337,6 +339,7 @@ def train_and_push(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "ranks_to_metrics", lambda ranks: ranks_to_metrics(ranks) | {"rsum": next(rsums)})
 
     def run(*words: str) -> str:
+        (tmp_path / "push-unfinished-killed").mkdir()
         train.main([*TINY, "--output_dir", str(tmp_path), "--push_to_hub", "--hub_model_id", REPO, *words])
         assert not list(tmp_path.glob("push-unfinished-*"))
         return capsys.readouterr().out
