@@ -186,7 +186,8 @@ def _quantize(file: Path) -> None:
 
     whole = file.with_suffix(".float.onnx")
     file.rename(whole)
-    quantize_dynamic(whole, file, weight_type=QuantType.QInt8, per_channel=True)  # says on the root logger that more could be done
+    # It says on the root logger that more could be done.
+    quantize_dynamic(whole, file, weight_type=QuantType.QInt8, per_channel=True)
     whole.unlink()
 
 

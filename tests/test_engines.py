@@ -8,6 +8,8 @@ import os
 import signal
 import uuid
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +226,25 @@ def test_readers_of_edge_see_what_was_published(tmp_path):
     last = edge.Edge(tmp_path, DIM, NUM_VECTORS, is_writer=False)
     assert last.count() == 3
     last.close()
+
+
+def test_a_copy_that_is_replaced_while_it_is_opened_is_not_read(tmp_path, monkeypatch):
+    """Half of its files may be gone by then."""
+    writer, opened, load = edge.Edge(tmp_path, DIM, NUM_VECTORS, is_writer=True), [], edge.qdrant.EdgeShard.load
+
+    class Shard:
+        @staticmethod
+        def load(path):
+            opened.append(Path(path).name)
+            shard = load(path)
+            if len(opened) == 1:
+                writer.publish()
+            return shard
+
+    monkeypatch.setattr(edge, "qdrant", SimpleNamespace(**{**vars(edge.qdrant), "EdgeShard": Shard}))
+    edge._load_published(tmp_path).close()
+    assert opened == ["copy-1", "copy-2"]
+    writer.close()
 
 
 def test_edge_builds_a_graph_above_its_threshold(tmp_path, monkeypatch):

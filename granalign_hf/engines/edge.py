@@ -144,15 +144,19 @@ def _published(folder: Path) -> int:
     return int(path.read_text()) if path.is_file() else 0
 
 
-def _load_published(folder: Path, num_tries: int = 5) -> qdrant.EdgeShard:
-    """The last copy; if it goes away while it is opened, there is a newer one."""
+def _load_published(folder: Path, num_tries: int = 20) -> qdrant.EdgeShard:
+    """The last copy. If there is a newer one afterwards, this one may have gone away while it was opened: then that one."""
     for _ in range(num_tries):
         number = _published(folder)
         try:
-            return qdrant.EdgeShard.load(str(folder / f"copy-{number}"))
+            shard = qdrant.EdgeShard.load(str(folder / f"copy-{number}"))
         except Exception:
             if number == _published(folder):
                 raise
+            continue
+        if number == _published(folder):
+            return shard
+        shard.close()  # of a copy that is half gone the engine may have read an empty shard
     raise FileNotFoundError(f"{folder} is published faster than it can be opened.")
 
 
