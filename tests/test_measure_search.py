@@ -19,8 +19,8 @@ def folder(request, tmp_path):
 
 
 def test_with_all_as_candidates_two_stages_are_all_pairs(folder, tmp_path):
-    data = ["--dataset", "scenes", "--split", "test", "--max_images", "12"]
-    num_captions = len(load_split("scenes", "test").first(12).all_captions)
+    data = ["--dataset", "scenes", "--split", "test", "--max_images", "8"]
+    num_captions = len(load_split("scenes", "test").first(8).all_captions)
     arguments = [
         str(folder),
         *data,
@@ -35,9 +35,11 @@ def test_with_all_as_candidates_two_stages_are_all_pairs(folder, tmp_path):
     expected = evaluate([str(folder), *data])["metrics"]
     assert result["exact"] == pytest.approx(expected)
     for name in ("image_to_text_r5", "text_to_image_r5", "rsum"):
-        assert result["two_stages"][name] == pytest.approx(expected[name], abs=100 * 3 / 12)  # float16 may change a rank
+        assert result["two_stages"][name] == pytest.approx(expected[name], abs=100 * 3 / 8)  # 8 bits may change a rank
     curve = {row["stored"]: row["bytes"] for row in result["curve"]}
     assert curve["float32"] > curve["float16"] > curve["int8"] > curve["first stage alone"]
+    assert result["run"]["tokens"] == (None if folder.name == "vse++" else "int8")
+    assert result["run"]["bytes_on_disk"] > 8 * curve["first stage alone"]
     assert ("25% of the patches, int8" in curve) == (folder.name == "grm")
     written = json.loads((tmp_path / "out" / "search.json").read_text())
     assert written == {folder.name: result}

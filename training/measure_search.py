@@ -1,4 +1,4 @@
-"""How much two stages of search lose, and how much fewer bytes a picture do: rSum of checkpoints on a split.
+"""How much two stages of search lose, how much fewer bytes a picture do, and how long it takes: checkpoints on a split.
 
     python training/measure_search.py CHECKPOINT [CHECKPOINT ...] --dataset NAME [--split test] [--output FOLDER]
 
@@ -11,9 +11,11 @@ from __future__ import annotations
 import datetime
 import json
 import shlex
+import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from granalign_hf.training.runtime import hardware, portable, set_up_torch
 
 SHARES = (0.5, 0.25)  # of the patches that are kept, the most salient ones
 CAPTIONS_AT_ONCE = 500
+TIMED_SEARCHES = 200
 RECALLS = {side: tuple(f"{side}_r{k}" for k in (1, 5, 10)) for side in ("image_to_text", "text_to_image")}
 
 
@@ -88,22 +91,30 @@ def main(argv: list[str] | None = None) -> dict:
 
 @torch.no_grad()
 def measure(model, processor, data: CaptionedImages, candidates: int, batch_size: int) -> dict[str, Any]:
-    """rSum of all pairs, of two stages, and of what is stored in fewer bytes."""
+    """rSum of all pairs, of two stages, and of what is stored in fewer bytes; time and room of an index by default."""
     scores: dict[str, np.ndarray] = {}
     sizes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         images, captions = (
-            GranAlignIndex.create(f"{folder}/{contents}", model, processor, contents=contents, tokens="float16")
+            GranAlignIndex.create(f"{folder}/{contents}", model, processor, contents=contents)
             for contents in ("images", "captions")
         )
         with images, captions:
+            started = time.perf_counter()
+            images.add(Pictures(data), data.image_ids, batch_size=batch_size)
+            seconds = time.perf_counter() - started
             texts = encode_captions(model, processor, data, captions)
-            for numbers, features in encode_images(model, processor, data, batch_size):
-                images.add_features(features, [data.image_ids[n] for n in numbers], [{}] * len(numbers))
-                for name, (size, rows) in stored_scores(model, features, texts).items():
-                    sizes[name] = size
-                    scores.setdefault(name, np.empty((len(data), len(data.all_captions)), np.float32))[numbers] = rows
+            run = {
+                "tokens": images.settings["tokens"],
+                "index_seconds": seconds,
+                "bytes_on_disk": sum(512 * path.stat().st_blocks for path in Path(f"{folder}/images").rglob("*")),
+                "search_ms": search_ms(images, data.all_captions, candidates),
+            }
             found = two_stages(images, captions, data, candidates)
+        for numbers, features in encode_images(model, processor, data, batch_size):
+            for name, (size, rows) in stored_scores(model, features, texts).items():
+                sizes[name] = size
+                scores.setdefault(name, np.empty((len(data), len(data.all_captions)), np.float32))[numbers] = rows
     index = data.caption_image_index
     rsum = {name: retrieval_metrics(matrix, index)["rsum"] for name, matrix in scores.items()}
     curve = [{"stored": name, "bytes": size, "rsum": rsum[name]} for name, size in sizes.items()]
@@ -111,7 +122,20 @@ def measure(model, processor, data: CaptionedImages, candidates: int, batch_size
     by_side = {side: retrieval_metrics(matrix, index) for side, matrix in found.items()}
     recalls = {name: by_side[side][name] for side, names in RECALLS.items() for name in names}
     both = recalls | {"rsum": sum(recalls.values())}
-    return {"exact": exact, "two_stages": both, "share": both["rsum"] / exact["rsum"], "curve": curve}
+    return {"exact": exact, "two_stages": both, "share": both["rsum"] / exact["rsum"], "run": run, "curve": curve}
+
+
+class Pictures(Sequence):
+    """The pictures of a split, each read when it is asked for."""
+
+    def __init__(self, data: CaptionedImages):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number):
+        return self.data.image(number)
 
 
 def encode_captions(model, processor, data: CaptionedImages, index: GranAlignIndex) -> list[Any]:
@@ -175,6 +199,16 @@ def two_stages(
     return found
 
 
+def search_ms(index: GranAlignIndex, captions: list[str], candidates: int) -> float:
+    """The median time of a search for the ten best of some captions, text encoder included."""
+    seconds = []
+    for caption in captions[:: max(len(captions) // TIMED_SEARCHES, 1)]:
+        started = time.perf_counter()
+        index.search(text=caption, candidates=candidates)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)
+
+
 def tables(results: dict[str, Any]) -> str:
     head = ["checkpoint", "rSum, all pairs", "rSum, two stages", "share of it (%)", "candidates", "images", "captions"]
     shares = [
@@ -188,7 +222,18 @@ def tables(results: dict[str, Any]) -> str:
         for row in of["curve"]
     ]
     curve = markdown_table([["checkpoint", "stored", "bytes a picture", "rSum"], *rows])
-    return f"{markdown_table([head, *shares])}\n{curve}"
+    runs = [
+        [
+            name,
+            str(run["tokens"]),
+            f"{run['index_seconds']:.0f}",
+            f"{run['bytes_on_disk'] / 1e6:.0f}",
+            f"{run['search_ms']:.0f}",
+        ]
+        for name, run in ((name, of["run"]) for name, of in results.items())
+    ]
+    times = ["checkpoint", "tokens", "seconds to index", "MB on disk", "ms a search"]
+    return f"{markdown_table([head, *shares])}\n{markdown_table([times, *runs])}\n{curve}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ def add_parser(subparsers: Any) -> None:
         "folder", help="its pictures, and those of the folders in it; the name of a picture is its path there"
     )
     parser.add_argument("--out", required=True, metavar="INDEX", help="a folder; if it is an index, new pictures are added")
-    parser.add_argument("--tokens", choices=("float16", "int8", "none"), default="float16", help="kept for the exact score")
+    parser.add_argument(
+        "--tokens",
+        choices=("auto", "int8", "float16", "none"),
+        default="auto",
+        help="kept for the exact score (default: int8, none for VSE++, which needs none)",
+    )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures in a step (default: 32)")
     add_model(parser)
 
@@ -38,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     if (Path(arguments.out) / "index.json").is_file():
         index = GranAlignIndex.open(arguments.out, model, processor, mode="a")
     else:
-        tokens = {"none": None, "float16": "auto"}.get(arguments.tokens, arguments.tokens)
+        tokens = None if arguments.tokens == "none" else arguments.tokens
         index = GranAlignIndex.create(arguments.out, model, processor, tokens=tokens)
     with index:
         paths = [{"path": str((folder / name).resolve())} for name in names]
