@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -107,6 +107,7 @@ def model_card(
         datasets=_hub_ids(datasets),
         base_model=_hub_ids(base_models),
         model_name=name,
+        co2_eq_emissions=_emissions(training),
         eval_results=[result for evaluation in evaluations for result in _eval_results(evaluation)],
     )
     if not metadata.eval_results:  # the Hub refuses a model index without results
@@ -295,7 +296,9 @@ def _training_section(training: dict[str, Any], folder: Path) -> str:
         "seed": training.get("seed"),
         "best epoch": f"{training.get('best_epoch')} of {max(epochs)}" if epochs else training.get("best_epoch"),
         "frozen encoders": None if "frozen_encoders" not in training else "yes" if training["frozen_encoders"] else "no",
-        "hours": _hours(training),
+        "hours": _sum(training, "hours", lambda run: run.get("hours")),
+        "energy (kWh)": _sum(training, "energy", lambda run: (run.get("energy") or {}).get("kwh")),
+        "energy measured by": (training.get("energy") or {}).get("source"),
         "hardware": training.get("hardware"),
         "date": training.get("date"),
         "versions": versions or None,
@@ -315,15 +318,29 @@ def _training_section(training: dict[str, Any], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _hours(training: dict[str, Any]) -> str | None:
-    """Those of the run, and all of them where it went on from another."""
-    if training.get("hours") is None:
+def _sum(training: dict[str, Any], name: str, of: Callable[[dict[str, Any]], Any]) -> str | None:
+    """A figure of the run, and the sum with that of the run that it went on from, where there is one."""
+    if of(training) is None:
         return None
-    hours = finite(training["hours"], "hours")
-    earlier = (training.get("started_from") or {}).get("hours")
+    own = finite(of(training), name)
+    earlier = of(training.get("started_from") or {})
     if earlier is None:
-        return f"{hours:g}"
-    return f"{hours:g}, and {finite(earlier, 'hours'):g} of the run that it started from: {hours + earlier:.4g}"
+        return f"{own:.4g}"
+    return f"{own:.4g}, and {finite(earlier, name):.4g} of the run that it started from: {own + earlier:.4g}"
+
+
+def _emissions(training: dict[str, Any]) -> dict[str, Any] | None:
+    """As the Hub shows them: grams, those of the run that it started from included."""
+    runs = [training, *([training["started_from"]] if training.get("started_from") else [])]
+    energies = [run["energy"] for run in runs if run.get("energy")]
+    if not training.get("energy") or None in (energy["co2_kg"] for energy in energies):
+        return None
+    return {
+        "emissions": round(1000 * sum(finite(energy["co2_kg"], "co2_kg") for energy in energies), 3),
+        "source": energies[0]["source"],
+        "geographical_location": energies[0]["country"],
+        "hardware_used": training.get("hardware", "not recorded"),
+    }
 
 
 def _data_section(training: dict[str, Any], notes: Sequence[str] | None, license: str | None) -> str:

@@ -105,13 +105,18 @@ def test_all_that_was_measured_is_told(folder):
 
 def test_both_runs_of_a_model_in_two_stages_are_told(folder):
     first = "accelerate launch training/train.py /root/frozen.yaml"
-    save(folder, TRAINING | {"started_from": {"command": first, "hours": 0.2, "best_epoch": 12}})
+    energy = {"kwh": 0.03, "co2_kg": 0.0117, "country": "DEU", "source": "CodeCarbon 3.3.2"}
+    before = {"command": first, "hours": 0.2, "energy": energy | {"kwh": 0.01, "co2_kg": 0.0039}, "best_epoch": 12}
+    save(folder, TRAINING | {"energy": energy, "started_from": before})
+    assert ModelCard(card_of(folder)).data.co2_eq_emissions["emissions"] == 15.6
     training = section(card_of(folder), "Training")
     assert "| started from | best epoch, 12, of `accelerate launch training/train.py frozen.yaml` |" in training
     assert "| hours | 0.853, and 0.2 of the run that it started from: 1.053 |" in training
+    assert "| energy (kWh) | 0.03, and 0.01 of the run that it started from: 0.04 |" in training
     save(folder, TRAINING | {"started_from": None})
     training = section(card_of(folder), "Training")
     assert "| hours | 0.853 |" in training and "started from" not in training
+    assert "| energy (kWh) | not recorded |" in training
 
 
 def test_no_licence_is_claimed_unless_it_is_given(folder):

@@ -18,6 +18,7 @@ from huggingface_hub import get_token
 
 from granalign_hf.hub import check_repo_id
 from granalign_hf.modeling.configuration_granalign import CALIBRATED_FIELDS, GranAlignConfig
+from granalign_hf.training.energy import energy_problems
 from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
 from granalign_hf.training.problems import settle_fields
 
@@ -153,6 +154,8 @@ class RunArguments(DataArguments):
     hub_private_repo: bool | None = setting(
         None, "Whether a repository that is made is private. Default: what is set for `org`."
     )
+    measure_energy: bool = setting(False, "Energy of the machine of the main process, as CodeCarbon estimates it.")
+    emissions_country: str | None = setting(None, "Three letters of its country, such as FRA, for the CO2 of that energy.")
     notes: list[str] = setting([], "Sentences for the card: what a reader of the figures must know.")
     data_notes: list[str] = setting([], "Sentences for the card about the data, its licence above all.")
 
@@ -297,6 +300,7 @@ def _problems(run: RunArguments) -> list[str]:
         problems.append(f"micro_batch_size must not be above batch_size {run.batch_size}, got {run.micro_batch_size}")
     if run.lora_rank and find_spec("peft") is None:
         problems.append('lora_rank needs the Python package peft: pip install "granalign-hf[peft]"')
+    problems += energy_problems(run.measure_energy, run.emissions_country)
     if run.features_column is not None and (run.image_column is not None or run.image_folder is not None):
         problems.append("features_column replaces pictures: leave out image_column and image_folder")
     problems += _hub_problems(run) if run.push_to_hub else []
@@ -331,6 +335,7 @@ def _hub_problems(run: RunArguments) -> list[str]:
 CONDITIONS = {
     ("lora_alpha", "lora_encoders"): ("lora_rank", lambda rank: rank == 0),
     ("hub_model_id", "hub_private_repo"): ("push_to_hub", lambda is_pushed: not is_pushed),
+    ("emissions_country",): ("measure_energy", lambda is_measured: not is_measured),
     ("shuffle_buffer",): ("streaming", lambda is_stream: not is_stream),
     ("lr_milestones", "lr_gamma"): ("lr_scheduler", lambda scheduler: scheduler != "multistep"),
     ("lr_warmup_share",): ("lr_scheduler", lambda scheduler: scheduler == "multistep"),

@@ -15,6 +15,7 @@ from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.runtime import hardware, portable
 from granalign_hf.training.streams import StreamedImages
 
+STARTED_FROM = ("command", "hours", "energy", "best_epoch")  # what a record tells of the run before
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "granalign-hf")
 
 
@@ -34,7 +35,8 @@ def run_record(
         "seed": run.seed,
         "date": datetime.date.today().isoformat(),
         "hours": round(state["seconds"] / 3600, 4),
-        "started_from": None if before is None else {name: before[name] for name in ("command", "hours", "best_epoch")},
+        "energy": state.get("energy"),
+        "started_from": None if before is None else {name: before.get(name) for name in STARTED_FROM},
         "hardware": hardware(),
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
         "dataset": Path(run.dataset).name,

@@ -29,6 +29,7 @@ logger = get_logger(__name__)
 FREE = (
     *("output_dir", "resume", "epochs", "eval_batch_size", "eval_interval", "report_to", "notes", "data_notes"),
     *("save_steps", "total_limit", "push_to_hub", "hub_model_id", "hub_private_repo"),
+    *("measure_energy", "emissions_country"),
 )
 
 
@@ -70,7 +71,7 @@ class States:
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        counts: dict = {"epoch": 0, "step": 0, "totals": {}, "seconds": 0.0}
+        counts: dict = {"epoch": 0, "step": 0, "totals": {}, "seconds": 0.0, "energy": None}
         return {"settings": settings, **counts, "best_epoch": None, "history": []}
 
     def save(self, state: dict, step: int) -> None:

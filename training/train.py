@@ -33,6 +33,7 @@ from granalign_hf.training.build import build
 from granalign_hf.training.checkpointing import best_record, keep_best
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.distributed import shared_loss
+from granalign_hf.training.energy import EnergyMeter
 from granalign_hf.training.features import FeatureCollator, FeatureImages, TokenFeatures, token_features
 from granalign_hf.training.finite import Rollback, check_finite, may_overflow
 from granalign_hf.training.gradient_cache import CachedTokens, TokenEncoder
@@ -71,6 +72,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     publishing: Publishing | None  # of the main process, if the run is pushed
+    meter: EnergyMeter | None  # of the main process, if energy is measured
 
     @property
     def plain_model(self) -> GranAlignModel:
@@ -135,8 +137,13 @@ def train_epochs(
     """The epochs that are left, with their validations; saves on the way, and ends early where a signal asks for it."""
     run, accelerator = training.run, training.accelerator
 
-    def save() -> None:
+    def count() -> None:
         state["seconds"] = time.perf_counter() - started
+        if training.meter:
+            state["energy"] = training.meter.add_to(state.get("energy"))
+
+    def save() -> None:
+        count()
         states.save(state, num_steps(training, state))
 
     def leave_if_asked() -> None:
@@ -165,7 +172,7 @@ def train_epochs(
             ranks, figures = validate_epoch(training, epoch)
             record |= figures
         state |= {"epoch": epoch + 1, "step": 0, "totals": {}, "history": [*state["history"], record]}
-        state["seconds"] = time.perf_counter() - started
+        count()
         if ranks is not None:
             state["best_epoch"] = best_record(state["history"])["epoch"]
             if accelerator.is_main_process:
@@ -186,6 +193,8 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
     Raises:
         ValueError: the data or the model cannot be had, or there are fewer images than a batch needs.
     """
+    meter = EnergyMeter(run.emissions_country) if run.measure_energy and accelerator.is_main_process else None
+
     # Data and model
     train_data = training_data(run, accelerator)
     val_data = load_split(run.dataset, run.validation_split, **run.load_options, streaming=run.streaming)
@@ -233,6 +242,7 @@ def set_up(run: RunArguments, fields: dict, accelerator: Accelerator) -> Trainin
         *(run, accelerator, train_data, val_data, val_features, processor, encoder, replica),
         *(images, order, loader, optimizer, scheduler),
         Publishing(run) if run.push_to_hub and accelerator.is_main_process else None,
+        meter,
     )
 
 
