@@ -1,4 +1,4 @@
-"""What a model card says of words in pictures, of wrong words and of certainty, from the files that measured it."""
+"""What a model card says beside its recalls, each section from the files that measured it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ WAYS = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
 
 
 def measured_sections(folder: Path) -> str:
-    """A section for each of grounding-SPLIT.json, foils-SPLIT.json and uncertainty-SPLIT.json of whole splits.
+    """A section for each of comparison-SPLIT.json, grounding-SPLIT.json, foils-SPLIT.json and uncertainty-SPLIT.json.
 
     Raises:
         ValueError: a file is no JSON or lacks a figure, or a figure is not a finite number.
@@ -43,6 +44,12 @@ def finite(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"`{name}` must be a finite number, got {value!r}. Measure it again before it goes into a card.")
     return float(value)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """ "12.3 ± 0.4", or "12.3" of one value."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def _described(path: Path, table: Callable[[dict[str, Any]], str]) -> str:
@@ -108,7 +115,22 @@ def _uncertainty(result: dict[str, Any]) -> str:
     return markdown_table(head, rows)
 
 
+def _comparison(result: dict[str, Any]) -> str:
+    columns = {"rsum": "rSum", "image_to_text_r1": "image to text R@1", "text_to_image_r1": "text to image R@1"}
+    rows = []
+    for name, run in result["runs"].items():
+        figures = [[finite(value, column) for value in run[column]] for column in columns]
+        rows.append([f"**{name}**" if name == result["own"] else name, len(figures[0]), *map(mean_and_spread, figures)])
+    return f"{markdown_table(['run', 'seeds', *columns.values()], rows)}\n\n`{result['command']}`"
+
+
 SECTIONS = {
+    "comparison": (
+        "Beside other aligners",
+        "Trained under one budget on the same encoders; mean and standard deviation over the seeds. This model is one of "
+        "those in bold letters.",
+        _comparison,
+    ),
     "grounding": (
         "Where words point",
         "The pointing game, in percent: is the patch with the highest mean score of a phrase's words in a box of the "

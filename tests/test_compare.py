@@ -67,6 +67,7 @@ class Ended:
 def leave_files(step):
     is_grm = "grm" in step.folder.name
     diagnostics = {"region_mean_cosine": 0.5} if is_grm else {}
+    (step.folder / "config.json").write_text(json.dumps({"model_type": "granalign", "aligner": "grm"}))
     (step.folder / "metrics.json").write_text(json.dumps({"hours": 0.25, "diagnostics": diagnostics}))
     if step.script == "evaluate":
         ranks = draw_ranks(sum(str(step.folder).encode()), best=6 if is_grm else 12)
@@ -95,6 +96,9 @@ def test_a_comparison_trains_each_run_with_each_seed_once(recipe, calls, tmp_pat
     assert lines[2].endswith("| - | - |") and lines[3].endswith("| 0.500 |")
     assert len({line.count("|") for line in lines}) == 1
     assert (tmp_path / "results" / "results.png").stat().st_size > 0
+    card = (tmp_path / "runs" / "grm-seed1" / "README.md").read_text().partition("## Beside other aligners")[2]
+    assert f"| **grm** | 2 | {np.mean(row['rsum']):.1f} ± {np.std(row['rsum'], ddof=1):.1f} |" in card
+    assert "| plain | 2 | " in card and "On somewhere, split test" in card
     calls.clear()
     shutil.rmtree(tmp_path / "runs")  # the records beside the results are enough
     assert compare.main([str(recipe)])["runs"] == result["runs"] and calls == []

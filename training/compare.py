@@ -24,7 +24,9 @@ from pathlib import Path
 
 import yaml
 
+from granalign_hf.card_sections import mean_and_spread
 from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
+from granalign_hf.model_card import write_model_card
 from granalign_hf.training.arguments import DataArguments, as_words
 from granalign_hf.training.jobs import Step, finish
 from granalign_hf.training.plot import plot_comparison
@@ -86,8 +88,24 @@ def main(argv: list[str] | None = None) -> dict:
         finished.add((seed, name))
         ranks = {name: _ranks(comparison, name, finished) for name in comparison.runs}
         write_results(comparison, {n: r for n, r in ranks.items() if r}, portable(command))
+    result = json.loads((Path(comparison.results_dir) / "results.json").read_text())
+    write_cards(comparison, result)
     print((Path(comparison.results_dir) / "table.md").read_text())
-    return json.loads((Path(comparison.results_dir) / "results.json").read_text())
+    return result
+
+
+def write_cards(comparison: Comparison, result: dict) -> None:
+    """The cards of the checkpoints that are there, with the figures of all runs beside their own."""
+    for seed, name in itertools.product(comparison.seeds, comparison.runs):
+        folder = run_folder(comparison, name, seed)
+        if (folder / "config.json").is_file():
+            figures = {run: {column: row[column] for column in COLUMNS} for run, row in result["runs"].items()}
+            about = {"dataset": Path(run_settings(comparison, name, seed)["dataset"]).name, "own": name}
+            about |= {key: result[key] for key in ("command", "date", "split")}
+            (folder / f"comparison-{comparison.split}.json").write_text(
+                json.dumps({**about, "runs": figures}, indent=1) + "\n"
+            )
+            write_model_card(folder)
 
 
 def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step]:
@@ -225,12 +243,6 @@ def markdown_table(lines: list[list[str]]) -> str:
     """Rows of cells, the first of which is the head."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def mean_and_spread(values: list[float]) -> str:
-    """ "12.3 ± 0.4", or "12.3" of one value."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def _difference(difference: PairedDifference) -> str:

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from granalign_hf.training.compare import Comparison, data_words, markdown_table, mean_and_spread, run_folder
+from granalign_hf.card_sections import mean_and_spread
+from granalign_hf.training.compare import Comparison, data_words, markdown_table, run_folder
 from granalign_hf.training.jobs import Step, finish
 from granalign_hf.training.pointing import BASELINES
 from granalign_hf.training.runtime import available_cores, hardware, portable
