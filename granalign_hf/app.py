@@ -14,8 +14,8 @@ import gradio as gr
 from PIL import Image
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
+from granalign_hf.examples import credits, examples_for
 from granalign_hf.explanation import Explanation, explain
-from granalign_hf.model_card import WIDGET
 from granalign_hf.modeling.pipelines import ImageTextRetrievalPipeline
 from granalign_hf.modeling.processing_granalign import read_image
 from granalign_hf.overlays import colour_scale, overlay, region_overlay
@@ -105,9 +105,11 @@ def _align_tab(model: Any, processor: Any, ranker: Any) -> None:
     outputs = [explained, overlaid, chosen, shares, score, ranked, regions]
     gr.on([button.click, sentence.submit], align, [picture, sentence, others], outputs)
     chosen.input(show, [explained, chosen], overlaid)
-    pictures = files("granalign_hf.model_cards")
-    examples = [[str(pictures.joinpath(name)), title] for name, (title, _) in WIDGET.items()]
-    gr.Examples(examples, [picture, sentence], label="Examples")
+    examples, pictures = examples_for(processor.tokenizer), files("granalign_hf.model_cards")
+    if examples:
+        shown = [[str(pictures.joinpath(example.file)), example.title] for example in examples]
+        gr.Examples(shown, [picture, sentence], label="Examples")
+        gr.Markdown(credits(examples), elem_id="credits")
 
 
 def _explain(model: Any, processor: Any, image: Image.Image | None, text: str) -> Explanation:

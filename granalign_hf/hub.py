@@ -24,7 +24,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 from huggingface_hub.utils import validate_repo_id
 
 from . import fixed_scores, modeling
-from .model_card import PICTURES, WIDGET, model_card
+from .examples import PHOTOGRAPHS, SCENES
+from .model_card import PICTURES, model_card
 
 HERE = Path(__file__).parent
 CODE = sorted(path.name for path in Path(modeling.__file__).parent.glob("*.py") if path.name != "__init__.py")
@@ -130,9 +131,9 @@ def bundle(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str) -
     shutil.copyfile(HERE / "handler.py", target / "handler.py")
     card = model_card(folder, repo_id=repo_id)
     (target / "README.md").write_text(card, encoding="utf-8")
-    for name in WIDGET:
-        if name in card:
-            (target / name).write_bytes(files("granalign_hf.model_cards").joinpath(name).read_bytes())
+    for example in (*SCENES, *PHOTOGRAPHS):
+        if example.file in card:
+            (target / example.file).write_bytes(files("granalign_hf.model_cards").joinpath(example.file).read_bytes())
 
 
 def publish(

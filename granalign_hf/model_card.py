@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .card_sections import finite, is_part, markdown_table, measured_sections
+from .examples import PHOTOGRAPHS, SCENES, credits
 
 DESCRIPTIONS = {
     "grm": "Fine-grained image-text alignment after GRM (AAAI 2026): salient patches and words, regions as a mixture of "
@@ -33,11 +34,6 @@ DESCRIPTIONS = {
     "without alignment of words.",
 }
 PICTURES = {"learning_curve.png": "Loss and validation rSum by epoch", "demo.png": "Heat maps of the words of a caption"}
-# Examples of the Hub's widget: file -> title and labels, of which the first is true. The scenes are drawn by this project.
-WIDGET = {
-    "widget-1.png": ("A purple ring and a star", ("a red cross", "a blue cross", "two black circles")),
-    "widget-2.png": ("A red star and a circle", ("a pink triangle", "a green ring", "three yellow stars")),
-}
 _METRIC_TITLES = {"rsum": "rSum", "image_to_text": "Image to text", "text_to_image": "Text to image"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # An absolute path, one from the home folder, a Windows path or one that begins with a dot; not a URL, not `a/b`.
@@ -113,10 +109,11 @@ def model_card(
     if not metadata.eval_results:  # the Hub refuses a model index without results
         metadata.eval_results = metadata.model_name = None
     image_code = _image_code(config)
-    if repo_id is not None and not image_code["image_kind"]:
+    examples = SCENES if training.get("dataset") == "scenes" else PHOTOGRAPHS
+    has_widget = repo_id is not None and not image_code["image_kind"]
+    if has_widget:
         metadata.widget = [
-            {"src": name, "example_title": title, "candidate_labels": ", ".join(labels)}
-            for name, (title, labels) in WIDGET.items()
+            {"src": one.file, "example_title": one.title, "candidate_labels": ", ".join(one.labels)} for one in examples
         ]
     values = {
         "metadata": metadata.to_yaml(),
@@ -127,7 +124,9 @@ def model_card(
         **image_code,
         "results": "\n\n".join(filter(None, [_result_section(evaluations), measured_sections(folder)])),
         "training": _training_section(training, folder),
-        "data": _data_section(training, data_notes, license),
+        "data": "\n\n".join(
+            filter(None, [_data_section(training, data_notes, license), credits(examples) if has_widget else ""])
+        ),
         "notes": _bullets(training.get("notes", [])),
     }
     return _fill(template or _default_template(), values)

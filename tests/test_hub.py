@@ -83,7 +83,7 @@ def on_the_hub(server: HubServer, revision: str = "main") -> dict[str, bytes]:
 def test_a_bundle_has_what_is_published_and_nothing_else(folder, tmp_path):
     bundle(folder, tmp_path, REPO)
     files = files_of(tmp_path)
-    own = {"README.md", "handler.py", "widget-1.png", "widget-2.png"}
+    own = {"README.md", "handler.py", "widget-3.jpg", "widget-4.jpg"}
     saved = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {*files} == {path.name for path in tmp_path.iterdir()} == {*CODE} | own | saved | {"learning_curve.png"}
     for name in {*files} - own:

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import region_model_and_processor, tiny_model, tiny_processor
 
-from granalign_hf.model_card import DESCRIPTIONS, WIDGET, write_model_card
+from granalign_hf.examples import PHOTOGRAPHS, SCENES
+from granalign_hf.model_card import DESCRIPTIONS, write_model_card
 from granalign_hf.modeling.aligners import ALIGNERS
 from granalign_hf.training.scenes import draw_scene
 
@@ -304,28 +305,38 @@ def test_arguments_come_before_what_was_recorded(folder):
 
 def test_the_widget_has_examples_on_the_hub_only(folder):
     assert "widget" not in ModelCard(card_of(folder)).data
+    save(folder, TRAINING | {"dataset": "scenes"})
     card = ModelCard(card_of(folder, repo_id="org/name"))
     assert card.data.widget[0] == {
         "src": "widget-1.png",
         "example_title": "A purple ring and a star",
         "candidate_labels": "a red cross, a blue cross, two black circles",
     }
-    assert [example["src"] for example in card.data.widget] == [*WIDGET] and "# name" in card.text
+    assert [example["src"] for example in card.data.widget] == [example.file for example in SCENES]
+    assert "# name" in card.text and "Photographs of the examples" not in card.text
     (folder / "config.json").write_text(
         json.dumps({"vision_config": {"model_type": "region_features", "num_boxes": 4, "hidden_size": 6}})
     )
     assert "widget" not in ModelCard(card_of(folder, repo_id="org/name")).data
 
 
-@pytest.mark.parametrize(("name", "seed"), [("widget-1.png", 1), ("widget-2.png", 8)])
-def test_the_pictures_of_the_widget_are_drawn_scenes(name, seed):
-    scene = draw_scene(np.random.default_rng([7, seed]), image_size=128)
-    with Image.open(Path(__file__).parents[1] / "model_cards" / name) as picture:
-        assert np.array_equal(np.asarray(picture), np.asarray(scene.image))
-    true, *false = WIDGET[name][1]
-    assert any(true in caption for caption in scene.captions)
-    drawn = {(thing.colour, thing.shape) for thing in scene.objects}
-    assert not any((colour, shape.removesuffix("s")) in drawn for _, colour, shape in map(str.split, false))
+def test_a_model_of_photographs_has_photographs_in_its_widget_and_says_whose(folder):
+    save(folder, TRAINING)
+    card = ModelCard(card_of(folder, repo_id="org/name"))
+    assert [example["src"] for example in card.data.widget] == [example.file for example in PHOTOGRAPHS]
+    for example in PHOTOGRAPHS:
+        assert example.credit.endswith("CC0 1.0") and example.credit in section(card.content, "Data")
+
+
+@pytest.mark.parametrize(("scene", "seed"), [(SCENES[0], 1), (SCENES[1], 8)])
+def test_the_scenes_of_the_widget_are_drawn_by_the_project(scene, seed):
+    drawn = draw_scene(np.random.default_rng([7, seed]), image_size=128)
+    with Image.open(Path(__file__).parents[1] / "model_cards" / scene.file) as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(drawn.image))
+    true, *false = scene.labels
+    assert any(true in caption for caption in drawn.captions)
+    things = {(thing.colour, thing.shape) for thing in drawn.objects}
+    assert not any((colour, shape.removesuffix("s")) in things for _, colour, shape in map(str.split, false))
 
 
 @pytest.mark.parametrize(("aligner", "words"), [("grm", "GRM"), ("chan", "CHAN"), ("vse++", "VSE++"), ("other", "`other`")])

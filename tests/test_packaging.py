@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import granalign_hf
-from granalign_hf.model_card import WIDGET
+from granalign_hf.examples import PHOTOGRAPHS, SCENES
 
 ROOT = Path(granalign_hf.__file__).resolve().parents[1]
 FOLDERS = ("granalign_hf", "modeling", "training", "model_cards")
@@ -91,7 +91,7 @@ def test_the_wheel_holds_every_source_file(wheel_files):
             assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in wheel_files
     for recipe in (ROOT / "training" / "recipes").glob("*.yaml"):
         assert f"granalign_hf/training/recipes/{recipe.name}" in wheel_files
-    for name in ("template.md", *WIDGET):
+    for name in ("template.md", *(example.file for example in (*SCENES, *PHOTOGRAPHS))):
         assert f"granalign_hf/model_cards/{name}" in wheel_files
     assert any(name.endswith("licenses/LICENSE") for name in wheel_files)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
 ANY_COUNTRY = "FRA"  # CodeCarbon asks for one; the energy does not depend on it
 
@@ -34,7 +35,7 @@ class EnergyMeter:
         from codecarbon import OfflineEmissionsTracker  # an extra, which the settings have asked for
 
         self.country = country
-        options = {"output_methods": [], "log_level": "error", "allow_multiple_runs": True}
+        options: dict[str, Any] = {"output_methods": [], "log_level": "error", "allow_multiple_runs": True}
         self.tracker = OfflineEmissionsTracker(country_iso_code=country or ANY_COUNTRY, **options)
         self.tracker.start_task()
 
