@@ -1,22 +1,15 @@
 """The demo page in a browser, headless Chromium: load it, upload a picture, choose a word, see the map change."""
 
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-
 import pytest
 import torch
 from PIL import Image
+from serving import CHROMIUM, serving
 from tiny import tiny_model, tiny_processor
 
 from granalign_hf import GranAlignModel, app
 from granalign_hf.explanation import explain
 from granalign_hf.retrieval import GranAlignIndex
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SENTENCE = "a red dog and the blue cat"
 
 
@@ -44,27 +37,8 @@ def address(parts, picture, tmp_path_factory):
     loaded = GranAlignModel.from_pretrained(folder).eval(), parts[1]
     with GranAlignIndex.create(folder / "my.index", *loaded, engine="torch") as index:
         index.add([str(picture)], is_quiet=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "granalign_hf.cli", "app", str(folder)]
-    command += ["--port", str(port), "--index", str(folder / "my.index")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield wait_for(f"http://127.0.0.1:{port}", process)
-        finally:
-            process.terminate()
-
-
-def wait_for(url: str, process: subprocess.Popen) -> str:
-    for _ in range(600):
-        assert process.poll() is None, "the page ended"
-        try:
-            urllib.request.urlopen(url).close()
-            return url
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"{url} did not answer in two minutes")
+    with serving(folder, folder / "my.index") as url:
+        yield url
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 
 from granalign_hf.training.arguments import as_words, parse_arguments
 from granalign_hf.training.compare import Comparison, published_rsum, table
-from granalign_hf.training.compare_grounding import foils_table, grounding_table
+from granalign_hf.training.compare_measures import TABLES
 
 TRAINING = Path(__file__).parents[1] / "training"
 RESULTS = sorted(path.parent for path in TRAINING.glob("results/*/results.json"))
-GROUNDED = sorted(path.parent for path in TRAINING.glob("results/*/grounding.json"))
+MEASURED = sorted(path.parent for path in TRAINING.glob("results/*/measures.json"))
 RECIPES = sorted(path for kind in ("compare", "sweep") for path in (TRAINING / "recipes").glob(f"{kind}-*.yaml"))
 
 
@@ -27,11 +27,12 @@ def test_the_page_shows_the_measured_table(folder):
     }
 
 
-@pytest.mark.parametrize("folder", GROUNDED, ids=lambda path: path.name)
-def test_the_page_shows_where_words_point(folder):
-    page, runs = (TRAINING / "EXPERIMENTS.md").read_text(), json.loads((folder / "grounding.json").read_text())["runs"]
-    for name, written in (("grounding.md", grounding_table(runs)), ("foils.md", foils_table(runs))):
-        assert written == (folder / name).read_text() and written in page
+@pytest.mark.parametrize("folder", MEASURED, ids=lambda path: path.name)
+def test_the_page_shows_where_words_point_and_how_sure_each_run_is(folder):
+    page, runs = (TRAINING / "EXPERIMENTS.md").read_text(), json.loads((folder / "measures.json").read_text())["runs"]
+    for measure, table_of in TABLES.items():
+        written = table_of(runs)
+        assert written == (folder / f"{measure}.md").read_text() and written in page
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -3,8 +3,8 @@
     accelerate launch training/calibrate.py CHECKPOINT --dataset NAME
 
 Writes what it fits to the config of the checkpoint (see the last fields of `GranAlignConfig`), and what it measures to
-uncertainty-SPLIT.json beside it. Galleries have one caption an image, as many galleries as every image has captions, so that
-each query has one right answer.
+uncertainty-SPLIT.json beside it and into its card. Galleries have one caption an image, as many galleries as every image has
+captions, so that each query has one right answer.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from granalign_hf.calibration import (
     risk_coverage,
 )
 from granalign_hf.evaluation import quantiles
+from granalign_hf.model_card import write_model_card
 from granalign_hf.modeling.configuration_granalign import CONFIDENCE_MEASURES
 from granalign_hf.modeling.standard_errors import has_standard_errors, standard_errors
 from granalign_hf.training.arguments import PRECISIONS, DataArguments
@@ -101,8 +102,11 @@ def main(argv: list[str] | None = None) -> dict:
         }
     if accelerator.is_main_process:
         save_fitted(folder, fitted)
-        output = folder / f"uncertainty-{args.split}.json"
+        part = "" if args.max_images is None else f"-first-{args.max_images}"
+        output = folder / f"uncertainty-{args.split}{part}.json"
         write_whole(output, json.dumps(result, indent=2) + "\n")
+        if args.max_images is None and (folder / "metrics.json").is_file():
+            write_model_card(folder)
         print(table(result))
         print(f"fitted values written to {folder / 'config.json'}, the figures to {output}")
     accelerator.end_training()

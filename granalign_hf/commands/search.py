@@ -23,6 +23,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Raises ValueError: no program shows pictures."""
+    from PIL import ImageShow
+
     from granalign_hf.modeling.processing_granalign import read_image
     from granalign_hf.retrieval import GranAlignIndex
     from granalign_hf.storage import checkpoint_of
@@ -39,4 +42,5 @@ def run(arguments: argparse.Namespace) -> None:
     show(arguments, answer, columns([(*(name.replace("_", " ") for name in shown), ""), *rows]))
     if arguments.show:
         for one in found:
-            read_image(one.payload.get("path", one.id)).show()
+            if not ImageShow.show(read_image(one.payload.get("path", one.id)), one.id):
+                raise ValueError("`--show` found no program that shows pictures, such as `xdg-open`. Their names are above.")

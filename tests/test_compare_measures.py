@@ -1,4 +1,4 @@
-"""Grounding and foils of the runs of a comparison side by side."""
+"""Grounding, foils and uncertainty of the runs of a comparison side by side."""
 
 import json
 import statistics
@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tiny import tiny_model, tiny_processor
 
-from granalign_hf.training import compare_grounding, evaluate, jobs
+from granalign_hf.training import calibrate, compare_measures, evaluate, jobs
 from granalign_hf.training.compare import Comparison, run_folder
 
 
@@ -37,13 +37,18 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The evaluations that are run, here and of four scenes."""
+    """The measurements that are run, here and of few scenes."""
     calls = []
 
     def start(step, cores):
-        task = step.words[step.words.index("--task") + 1]
-        calls.append((step.folder.name, task))
-        evaluate.main([*step.words, "--max_images", "4", "--output", str(step.folder / f"{task}-test.json")])
+        if step.script == "calibrate":
+            calls.append((step.folder.name, "uncertainty"))
+            calibrate.main([*step.words, "--max_images", "12"])
+            (step.folder / "uncertainty-test-first-12.json").rename(step.folder / "uncertainty-test.json")
+        else:
+            task = step.words[step.words.index("--task") + 1]
+            calls.append((step.folder.name, task))
+            evaluate.main([*step.words, "--max_images", "4", "--output", str(step.folder / f"{task}-test.json")])
         return Ended()
 
     monkeypatch.setattr(jobs, "_start", start)
@@ -51,15 +56,17 @@ def calls(monkeypatch):
 
 
 def test_what_is_trained_is_measured_once(recipe, calls, tmp_path):
-    result = compare_grounding.main([str(recipe)])
-    assert calls == [(name, task) for name in ("grm-seed0", "grm-seed1", "chan-seed1") for task in ("grounding", "foils")]
-    assert compare_grounding.main([str(recipe)]) == result and len(calls) == 6
-    assert json.loads((tmp_path / "results" / "grounding.json").read_text()) == result
+    result = compare_measures.main([str(recipe)])
+    assert calls == [
+        (name, task) for name in ("grm-seed0", "grm-seed1", "chan-seed1") for task in ("grounding", "foils", "uncertainty")
+    ]
+    assert compare_measures.main([str(recipe)]) == result and len(calls) == 9
+    assert json.loads((tmp_path / "results" / "measures.json").read_text()) == result
     assert {name: run["seeds"] for name, run in result["runs"].items()} == {"grm": [0, 1], "chan": [1]}
 
 
 def test_the_tables(recipe, calls, tmp_path):
-    compare_grounding.main([str(recipe)])
+    compare_measures.main([str(recipe)])
     files = [json.loads((tmp_path / "runs" / f"grm-seed{seed}" / "grounding-test.json").read_text()) for seed in (0, 1)]
     accuracy = [file["pointing"]["all"]["accuracy"] for file in files]
     lines = (tmp_path / "results" / "grounding.md").read_text().splitlines()
@@ -71,6 +78,13 @@ def test_the_tables(recipe, calls, tmp_path):
     assert preferred.splitlines()[3].startswith(f"| chan | 1 | {foils['all']['preferred']:.1f} | ")
     assert found.splitlines()[3].startswith(f"| chan | 1 | {foils['all']['found']:.1f} | ")
     assert found.splitlines()[4].startswith(f"| by chance | - | {foils['all']['chance']:.1f} | ")
+    sure = json.loads((tmp_path / "runs" / "chan-seed1" / "uncertainty-test.json").read_text())["text_to_image"]
+    _, asked_by_text = (tmp_path / "results" / "uncertainty.md").read_text().split("\n\n")
+    errors = f"{sure['softmax']['ece_before']:.3f} | {sure['softmax']['ece']:.3f} | {sure['answer_sets']['coverage']:.1f}"
+    line = asked_by_text.splitlines()[3]
+    assert line.startswith(f"| chan | 1 | {sure['r1']:.1f} | {errors} | ")
+    margin = sure["is_the_first_wrong"]["margin"]["auroc"]
+    assert f" | {margin:.3f} | " in line and " | - | " in line  # CHAN has no standard error
 
 
 def test_an_interrupt_keeps_what_is_measured(recipe, calls, monkeypatch, tmp_path):
@@ -83,8 +97,8 @@ def test_an_interrupt_keeps_what_is_measured(recipe, calls, monkeypatch, tmp_pat
 
     monkeypatch.setattr(jobs, "_start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compare_grounding.main([str(recipe)])
-    runs = json.loads((tmp_path / "results" / "grounding.json").read_text())["runs"]
+        compare_measures.main([str(recipe)])
+    runs = json.loads((tmp_path / "results" / "measures.json").read_text())["runs"]
     assert {name: run["seeds"] for name, run in runs.items()} == {"grm": [0]}
 
 
@@ -92,5 +106,5 @@ def test_without_a_run_there_is_nothing_to_compare(recipe, capsys, tmp_path):
     for flag in tmp_path.glob("runs/*/complete"):
         flag.unlink()
     with pytest.raises(SystemExit):
-        compare_grounding.main([str(recipe)])
+        compare_measures.main([str(recipe)])
     assert "holds no finished run; run python training/compare.py" in capsys.readouterr().err

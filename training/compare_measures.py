@@ -1,9 +1,10 @@
-"""Where the words of each run of a comparison point, and whether a wrong word is noticed: grounding and foils side by side.
+"""What else is measured of each run of a comparison, side by side: grounding, foils and uncertainty.
 
-    python training/compare_grounding.py training/recipes/compare-flickr8k-frozen.yaml [--phrase_boxes NAME] [--jobs 2]
+    python training/compare_measures.py training/recipes/compare-flickr8k-frozen.yaml [--phrase_boxes NAME] [--jobs 2]
 
-Reads the checkpoints that compare.py has trained, as far as they are there, and calls evaluate.py for each; started again,
-it goes on where it stopped. Writes grounding.md, foils.md and grounding.json beside the results of the comparison.
+Reads the checkpoints that compare.py has trained, as far as they are there, and calls evaluate.py and calibrate.py for each;
+started again, it goes on where it stopped. Writes grounding.md, foils.md, uncertainty.md and measures.json beside the
+results of the comparison.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from granalign_hf.calibration import WAYS
 from granalign_hf.card_sections import mean_and_spread
 from granalign_hf.training.compare import Comparison, data_words, markdown_table, run_folder
 from granalign_hf.training.jobs import Step, finish
 from granalign_hf.training.pointing import BASELINES
 from granalign_hf.training.runtime import available_cores, hardware, portable
 
-TASKS = ("grounding", "foils")
+# What is measured -> its figures.
+MEASURES = {"grounding": ("pointing", "corner_share", "auroc"), "foils": ("foils",), "uncertainty": WAYS}
 AREAS = ("patch_saliency", "word_saliency", "content_words")
+DOUBTS = ("margin", "probability", "entropy", "standard_error", "caption_length")
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description="Grounding and foils of the runs of a comparison.")
+    parser = argparse.ArgumentParser(description="Grounding, foils and uncertainty of the runs of a comparison.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--phrase_boxes", help="As in evaluate.py.")
     parser.add_argument("--jobs", type=int, default=1, help="Evaluations at a time; each has its share of the cores.")
@@ -48,19 +52,19 @@ def main(argv: list[str] | None = None) -> dict:
             f"{comparison.output_dir} holds no finished run; run python training/compare.py {arguments.recipe} first"
         )
     work = [(run, missing_steps(comparison, run[1], run[0], arguments.phrase_boxes)) for run in runs]
-    command = portable(shlex.join(["python", "training/compare_grounding.py", *argv]))
+    command = portable(shlex.join(["python", "training/compare_measures.py", *argv]))
     finished: list[tuple[int, str]] = []
     for seed, name in finish(work, arguments.jobs):
         print(f"--- {name}, seed {seed}: done", flush=True)
         finished.append((seed, name))
         result = write_results(comparison, finished, command)
-    for task in TASKS:
-        print((Path(comparison.results_dir) / f"{task}.md").read_text())
+    for measure in MEASURES:
+        print((Path(comparison.results_dir) / f"{measure}.md").read_text())
     return result
 
 
 def write_results(comparison: Comparison, finished: list[tuple[int, str]], command: str) -> dict:
-    """grounding.json, grounding.md and foils.md of the runs (seed, name) that are measured."""
+    """measures.json and the tables of the runs (seed, name) that are measured."""
     names = {name for _, name in finished}
     result = {
         "command": command,
@@ -71,30 +75,33 @@ def write_results(comparison: Comparison, finished: list[tuple[int, str]], comma
     }
     folder = Path(comparison.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "grounding.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "grounding.md").write_text(grounding_table(result["runs"]))
-    (folder / "foils.md").write_text(foils_table(result["runs"]))
+    (folder / "measures.json").write_text(json.dumps(result, indent=1) + "\n")
+    for measure, table in TABLES.items():
+        (folder / f"{measure}.md").write_text(table(result["runs"]))
     return result
 
 
 def missing_steps(comparison: Comparison, name: str, seed: int, phrase_boxes: str | None) -> Iterator[Step]:
-    """The evaluations of a run that are not there yet.
+    """The measurements of a run that are not there yet.
 
     Raises:
         ValueError: the folder holds a run of other settings.
     """
     folder, data = run_folder(comparison, name, seed), data_words(comparison, name, seed)
-    for task in TASKS:
-        if not (folder / f"{task}-{comparison.split}.json").is_file():
-            boxes = [] if phrase_boxes is None else ["--phrase_boxes", phrase_boxes]
-            yield Step("evaluate", [str(folder), *data, "--task", task, *boxes], folder)
+    boxes = [] if phrase_boxes is None else ["--phrase_boxes", phrase_boxes]
+    for measure in MEASURES:
+        if not (folder / f"{measure}-{comparison.split}.json").is_file():
+            if measure == "uncertainty":
+                yield Step("calibrate", [str(folder), *data], folder)
+            else:
+                yield Step("evaluate", [str(folder), *data, "--task", measure, *boxes], folder)
 
 
 def _measured(comparison: Comparison, name: str, runs: list[tuple[int, str]]) -> dict[str, Any]:
     seeds = [seed for seed, of in runs if of == name]
     measured: dict[str, Any] = {"seeds": seeds}
-    for task, figures in (("grounding", ("pointing", "corner_share", "auroc")), ("foils", ("foils",))):
-        files = [run_folder(comparison, name, seed) / f"{task}-{comparison.split}.json" for seed in seeds]
+    for measure, figures in MEASURES.items():
+        files = [run_folder(comparison, name, seed) / f"{measure}-{comparison.split}.json" for seed in seeds]
         measured |= {figure: [json.loads(file.read_text())[figure] for file in files] for figure in figures}
     return measured
 
@@ -118,7 +125,7 @@ def grounding_table(runs: dict[str, dict]) -> str:
         lines.append([name, str(len(run["seeds"])), *pointing, middle, mean_and_spread(run["corner_share"])])
         for area in AREAS:
             means = [of_seed[area]["mean"] for of_seed in run["auroc"] if area in of_seed]
-            lines[-1].append(f"{sum(means) / len(means):.2f}" if means else "-")
+            lines[-1].append(_mean(means, 2))
     known = next(iter(runs.values()))["pointing"][0]
     for baseline in BASELINES:
         figures = [f"{known[group][baseline]:.1f}" for group in groups]
@@ -138,6 +145,30 @@ def foils_table(runs: dict[str, dict]) -> str:
         of_chance = [f"{chance[kind]['chance']:.1f}" if figure == "found" else "50.0" for kind in kinds]
         tables.append(markdown_table([*lines, ["by chance", "-", *of_chance]]))
     return "\n".join(tables)
+
+
+def uncertainty_table(runs: dict[str, dict]) -> str:
+    """Markdown, a table for each way: calibration errors, answer sets, and AUROCs of each doubt for a wrong first answer."""
+    head = ["seeds", "R@1", "ECE before", "ECE", "right one in the set (%)", "answers in a set"]
+    tables = []
+    for way in WAYS:
+        lines = [[way.replace("_", " "), *head, *(f"AUROC of {name}".replace("_", " ") for name in DOUBTS)]]
+        for name, run in runs.items():
+            figures = run[way]
+            lines.append([name, str(len(run["seeds"])), mean_and_spread([of["r1"] for of in figures])])
+            lines[-1] += [_mean([of["softmax"][error] for of in figures], 3) for error in ("ece_before", "ece")]
+            lines[-1] += [_mean([of["answer_sets"][figure] for of in figures], 1) for figure in ("coverage", "mean_size")]
+            told = [of["is_the_first_wrong"] for of in figures]
+            lines[-1] += [_mean([of[doubt]["auroc"] for of in told if doubt in of], 3) for doubt in DOUBTS]
+        tables.append(markdown_table(lines))
+    return "\n".join(tables)
+
+
+def _mean(values: list[float], digits: int) -> str:
+    return f"{sum(values) / len(values):.{digits}f}" if values else "-"
+
+
+TABLES = {"grounding": grounding_table, "foils": foils_table, "uncertainty": uncertainty_table}
 
 
 if __name__ == "__main__":
