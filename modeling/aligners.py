@@ -24,7 +24,7 @@ from .contributions import (
     slimming_parts,
     token_parts,
 )
-from .losses import gaussian_kl, reconstruction_loss, region_entropy
+from .losses import gaussian_kl, reconstruction_loss, region_entropy, saliency_budget
 from .regions import RegionMixture
 from .saliency import SaliencyAdapter
 from .similarity import hard_alignment, level_similarities
@@ -75,7 +75,9 @@ class GRM(Aligner):
             "reconstruction": config.reconstruction_weight,
             "kl": config.kl_weight,
             "entropy": config.entropy_weight,
+            "budget": config.budget_weight,
         }
+        self.patch_budget = config.patch_budget
         dim, temperature = config.projection_dim, config.saliency_temperature
         self.patch_adapter = SaliencyAdapter(dim, temperature) if config.use_patch_adapter else None
         self.word_adapter = SaliencyAdapter(dim, temperature) if config.use_word_adapter else None
@@ -118,6 +120,7 @@ class GRM(Aligner):
         values = {
             "reconstruction": reconstruction_loss(image.region_embeds, salient_patches, image.patch_mask),
             "entropy": region_entropy(image.region_affinity, image.patch_mask),
+            "budget": saliency_budget(image.patch_saliency, image.patch_mask, self.patch_budget),
         }
         if image.region_log_vars is not None:
             values["kl"] = gaussian_kl(image.region_means, image.region_log_vars)

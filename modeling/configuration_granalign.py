@@ -23,6 +23,7 @@ ALIGNER_FIELDS: dict[str, tuple[str, ...]] = {
         *("use_patch_adapter", "use_word_adapter", "use_region_prompts", "use_region_uncertainty", "num_regions"),
         *("region_logit_scale", "saliency_temperature", "level_weights"),
         *("reconstruction_weight", "kl_weight", "entropy_weight"),
+        *("patch_budget", "budget_weight"),
     ),
     "max_mean": (),
     "chan": ("pooling",),
@@ -94,6 +95,10 @@ class GranAlignConfig(PreTrainedConfig):
             regions and features.
         entropy_weight (`float`, defaults to 0.01):
             Weight of the entropy of the region affinities [L_ent]; positive: minimised, as printed in the paper.
+        patch_budget (`float`, defaults to 0.5):
+            What the mean saliency of the patches of an image shall be, in (0, 1].
+        budget_weight (`float`, defaults to 0.0):
+            Weight of the squared distance from `patch_budget`. The paper has no budget (0), and every saliency becomes 1.
         use_special_tokens (`bool`, defaults to `True`):
             Whether CLS, SEP and other special tokens take part as words. A caption of special tokens only keeps them.
             `False` needs `special_token_ids` where `text_config` declares none but padding, as that of BERT.
@@ -153,6 +158,8 @@ class GranAlignConfig(PreTrainedConfig):
     reconstruction_weight: float | int = 0.01
     kl_weight: float | int = 0.001
     entropy_weight: float | int = 0.01
+    patch_budget: float | int = 0.5
+    budget_weight: float | int = 0.0
     use_special_tokens: bool = True
     use_prefix_tokens: bool = False
     special_token_ids: list[int] | None = None
@@ -194,15 +201,16 @@ class GranAlignConfig(PreTrainedConfig):
                 problems.append(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if not 0 <= self.patch_dropout < 1:
             problems.append(f"`patch_dropout` must lie in [0, 1), got {self.patch_dropout}.")
-        if not 0 < self.patch_keep_share <= 1:
-            problems.append(f"`patch_keep_share` must lie in (0, 1], got {self.patch_keep_share}.")
+        for name in ("patch_keep_share", "patch_budget"):
+            if not 0 < getattr(self, name) <= 1:
+                problems.append(f"`{name}` must lie in (0, 1], got {getattr(self, name)}.")
         for name in ("projection_dim", "num_regions", "patch_pool_size"):
             if getattr(self, name) < 1:
                 problems.append(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("region_logit_scale", "saliency_temperature", "margin", "logit_scale", "standard_error_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 problems.append(f"`{name}` must be greater than 0 and finite, got {getattr(self, name)}.")
-        for name in ("reconstruction_weight", "kl_weight", "num_prefix_tokens"):
+        for name in ("reconstruction_weight", "kl_weight", "budget_weight", "num_prefix_tokens"):
             if not 0 <= getattr(self, name) < math.inf:
                 problems.append(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
         weights = self.level_weights

@@ -82,6 +82,18 @@ def region_entropy(region_affinity: Tensor, patch_mask: Tensor) -> Tensor:
     return _mean_of_real(torch.special.entr(affinity), patch_mask).mean()
 
 
+def saliency_budget(patch_saliency: Tensor, patch_mask: Tensor, budget: float) -> Tensor:
+    """Mean over images of (mean saliency of the real patches - budget)^2; in [0, 1]. An image without patches has mean 0.
+
+    Not in GRM, where the key level gains by every patch that it keeps, and all saliencies become 1. With a budget patches
+    compete. The ratio losses of DynamicViT (NeurIPS 2021) and LAPS (CVPR 2024) have this form.
+
+    Args:
+        patch_saliency: (B, Lv) in [0, 1]. patch_mask: (B, Lv) bool. budget: in (0, 1].
+    """
+    return (_mean_of_real(patch_saliency[..., None], patch_mask) - budget).square().mean()
+
+
 def _mean_of_real(values: Tensor, mask: Tensor) -> Tensor:
     """(n, L, m) -> (n, m): the mean over real tokens, whatever stands in the others; 0 without any."""
     return values.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)

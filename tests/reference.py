@@ -571,6 +571,18 @@ def gaussian_kl(region_means: Any, region_log_vars: Any) -> Tensor:
     return _mean(terms)
 
 
+def saliency_budget(saliency: Any, mask: Any, budget: float) -> Tensor:
+    """Mean over images of the squared distance of the mean saliency of their patches from the budget, a scalar.
+
+    `saliency` (B, Lv) in [0, 1], `mask` (B, Lv). The mean is that of the real tokens, 0 without any.
+    """
+    distances = []
+    for i, values in enumerate(_f64(saliency)):
+        real = [values[position] for position in _real(mask[i], len(values))]
+        distances.append(((_mean(real) if real else torch.zeros(()).double()) - budget) ** 2)
+    return _mean(distances)
+
+
 def region_entropy(region_affinity: Any, patch_mask: Any = None) -> Tensor:
     """L_ent (eq. 8-13): mean over images of the image's mean over real patches and regions of -A_r log A_r, a scalar.
 

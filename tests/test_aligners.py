@@ -49,6 +49,7 @@ def real_part(values, mask):
 def test_grm_equals_the_loops_from_tokens_to_loss(draw_tokens, seed, dtype, tolerance):
     fields = {"saliency_temperature": 0.7, "region_logit_scale": 3.0, "level_weights": [0.5, 0.3, 0.2]}
     fields |= {"reconstruction_weight": 0.05, "kl_weight": 0.002, "entropy_weight": -0.03}
+    fields |= {"patch_budget": 0.4, "budget_weight": 0.7}
     aligner, tokens = build(dtype=dtype, **fields), draw_tokens(seed, dtype=dtype)
     image, text = describe(aligner, tokens)
     mask = tokens["patch_mask"]
@@ -66,6 +67,7 @@ def test_grm_equals_the_loops_from_tokens_to_loss(draw_tokens, seed, dtype, tole
         "reconstruction": (0.05, reference.reconstruction_loss(means, salient, mask)),
         "kl": (0.002, reference.gaussian_kl(means, log_vars)),
         "entropy": (-0.03, reference.region_entropy(affinity, mask)),
+        "budget": (0.7, reference.saliency_budget(patch_saliency, mask, 0.4)),
     }
 
     for value, wanted in (

@@ -31,17 +31,18 @@ RECIPES = [path for path in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")) if not 
 COMPARISONS = [path for path in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")) if path not in RECIPES]
 MODEL_FIELDS = [f.name for f in dataclasses.fields(ModelArguments)]
 COMMAND_LINE = """
-aligner attention_direction batch_size caption_augmentation caption_column caption_noise captions_per_image checkpoint
-crop_scale data_notes dataset dataset_config emissions_country encoder_lr_factor entropy_weight epochs eval_batch_size
-eval_interval features_column freeze_encoders gradient_accumulation_steps hub_model_id hub_private_repo image_column
-image_folder image_id_column kl_weight layer_decay learning_rate level_weights lora_alpha lora_encoders lora_rank
-lr_gamma lr_milestones lr_scheduler lr_warmup_share margin matmul_precision max_corrupt_share max_eval_images
-max_grad_norm max_train_images measure_energy micro_batch_size mixed_precision notes num_prefix_tokens num_regions
-num_scenes num_workers output_dir patch_dropout patch_keep_share patch_pool_size pooling projection_dim
-projection_type push_to_hub reconstruction_weight region_logit_scale report_to resume saliency_temperature save_steps
-seed shuffle_buffer special_token_ids split_column steps_per_epoch streaming text_config text_encoder total_limit
-train_split use_patch_adapter use_prefix_tokens use_region_prompts use_region_uncertainty use_special_tokens
-use_word_adapter validation_split vision_config vision_encoder warmup_epochs weight_decay
+aligner attention_direction batch_size budget_weight caption_augmentation caption_column caption_noise
+captions_per_image checkpoint crop_scale data_notes dataset dataset_config emissions_country encoder_lr_factor
+entropy_weight epochs eval_batch_size eval_interval features_column freeze_encoders gradient_accumulation_steps
+hub_model_id hub_private_repo image_column image_folder image_id_column kl_weight layer_decay learning_rate
+level_weights lora_alpha lora_encoders lora_rank lr_gamma lr_milestones lr_scheduler lr_warmup_share margin
+matmul_precision max_corrupt_share max_eval_images max_grad_norm max_train_images measure_energy micro_batch_size
+mixed_precision notes num_prefix_tokens num_regions num_scenes num_workers output_dir patch_budget patch_dropout
+patch_keep_share patch_pool_size pooling projection_dim projection_type push_to_hub reconstruction_weight
+region_logit_scale report_to resume saliency_temperature save_steps seed shuffle_buffer special_token_ids split_column
+steps_per_epoch streaming text_config text_encoder total_limit train_split use_patch_adapter use_prefix_tokens
+use_region_prompts use_region_uncertainty use_special_tokens use_word_adapter validation_split vision_config
+vision_encoder warmup_epochs weight_decay
 """.split()
 
 

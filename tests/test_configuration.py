@@ -28,6 +28,8 @@ OWN_FIELDS = {  # name -> default; a change here is a change for every user
     "reconstruction_weight": 0.01,
     "kl_weight": 0.001,
     "entropy_weight": 0.01,
+    "patch_budget": 0.5,
+    "budget_weight": 0.0,
     "use_special_tokens": True,
     "use_prefix_tokens": False,
     "special_token_ids": [0],  # of the default BertConfig: padding

@@ -53,7 +53,7 @@ def part_of(batch: dict[str, Tensor], split: list[int], rank: int) -> dict[str, 
 
 
 def model_of(aligner: str, **fields):
-    weights = {"entropy_weight": 0.5, "kl_weight": 0.5, "reconstruction_weight": 0.5}
+    weights = {"entropy_weight": 0.5, "kl_weight": 0.5, "reconstruction_weight": 0.5, "budget_weight": 0.5}
     return tiny_model(aligner=aligner, **weights, **ALIGNERS[aligner], **fields)
 
 
@@ -169,7 +169,8 @@ def test_the_gradient_is_that_of_the_noise_that_was_drawn(results, micro_batch_s
                 part[name] = pad(part[name], [0, 0] * (part[name].ndim - 2) + [0, missing])
     tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     image = GranAlignImageOutput(**{name: tokens[name] for name in IMAGE_FIELDS if name in tokens})
-    levels = model.similarities(image, GranAlignTextOutput(**{name: tokens[name] for name in TEXT_FIELDS if name in tokens}))
+    text = GranAlignTextOutput(**{name: tokens[name] for name in TEXT_FIELDS if name in tokens})
+    levels = model.similarities(image, text)
     ids = [torch.cat([batch[name] for batch in batches]) for name in ("image_ids", "caption_image_ids")]
     loss, terms = model.compute_loss(image, levels, positive_pairs(levels[0], *ids))
     loss.backward()
@@ -188,7 +189,7 @@ def test_a_step_receives_the_bytes_that_are_stated(results):
     scores = 4 * levels * 32 * len(batch["owners"])
     ids = 8 * (32 + num_captions)
     backward = num_captions * num_words * (4 * dim + 4)
-    sizes, regularisers = 2 * 3 * 8, 3 * 4
+    sizes, regularisers = 2 * 3 * 8, 4 * 4
     assert results[2][0]["received"] == words + scores + ids + backward + sizes + regularisers
 
 

@@ -19,7 +19,7 @@ def batch_of(num_images: int) -> dict:
 
 
 def noisy_model():
-    return tiny_model(patch_dropout=0.3, entropy_weight=0.5, kl_weight=0.5).train()
+    return tiny_model(patch_dropout=0.3, entropy_weight=0.5, kl_weight=0.5, budget_weight=0.5).train()
 
 
 def test_noise_and_dropout_are_replayed():

@@ -7,7 +7,7 @@ import reference
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from granalign_hf.modeling.losses import contrastive_hinge, gaussian_kl, reconstruction_loss, region_entropy
+from granalign_hf.modeling.losses import contrastive_hinge, gaussian_kl, reconstruction_loss, region_entropy, saliency_budget
 
 SCORES = torch.tensor([[0.9, 0.8, 0.1], [0.3, 0.5, 0.6], [0.0, 0.1, 0.7]])
 EYE = torch.eye(3, dtype=torch.bool)
@@ -110,6 +110,7 @@ def test_regularisers_equal_the_loops(draw_tokens, seed, dtype, tolerance):
         (reconstruction_loss(regions, patches, mask), reference.reconstruction_loss(regions, patches, mask)),
         (gaussian_kl(regions, regions.flip(0)), reference.gaussian_kl(regions, regions.flip(0))),
         (region_entropy(affinity, mask), reference.region_entropy(affinity, mask)),
+        (saliency_budget(affinity[..., 0], mask, 0.3), reference.saliency_budget(affinity[..., 0], mask, 0.3)),
     ):
         assert loss.dtype == dtype
         torch.testing.assert_close(loss.double(), expected, rtol=0, atol=tolerance)
@@ -138,6 +139,15 @@ def test_entropy_by_hand():
     assert region_entropy(affinity, torch.tensor([[True, False], [True, True]])).item() == pytest.approx(math.log(2) / 4)
 
 
+def test_budget_by_hand():
+    saliency = torch.tensor([[1.0, 0.0, 0.9], [0.5, 0.5, 0.5]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert saliency_budget(saliency, mask, 0.5).item() == 0  # padding does not count
+    assert saliency_budget(saliency, mask, 0.25).item() == 0.0625
+    # Each image has the budget for itself: more in one does not pay for less in another.
+    assert saliency_budget(torch.tensor([[1.0], [0.0]]), torch.ones(2, 1) > 0, 0.5).item() == 0.25
+
+
 def test_entropy_has_a_finite_gradient_where_the_affinity_is_0(draw_tokens):
     """Its slope is infinite there, and a padded patch has affinity 0."""
     affinity = torch.tensor([[[0.0], [0.5], [0.25]]], requires_grad=True)
@@ -161,6 +171,7 @@ def test_what_stands_under_the_mask_has_no_effect(draw_tokens, garbage):
     ):
         patches, shares = patches.clone().requires_grad_(), shares.clone().requires_grad_()
         loss = reconstruction_loss(tokens["region_embeds"], patches, mask) + region_entropy(shares, mask)
+        loss = loss + saliency_budget(shares[..., 0], mask, 0.5)
         loss.backward()
         assert not patches.grad[~mask].any() and not shares.grad[~mask].any()
         results.append([loss, patches.grad, shares.grad])
@@ -175,6 +186,7 @@ def test_autocast_changes_nothing(draw_tokens):
         yield reconstruction_loss(tokens["region_embeds"], tokens["patch_embeds"], tokens["patch_mask"])
         yield gaussian_kl(tokens["region_embeds"], tokens["region_embeds"])
         yield region_entropy(tokens["patch_saliency"][..., None], tokens["patch_mask"])
+        yield saliency_budget(tokens["patch_saliency"], tokens["patch_mask"], 0.5)
         yield contrastive_hinge(scores, EYE, 0.2)
         yield contrastive_hinge(scores, EYE, 0.2, use_hard_negatives=False)
 
@@ -194,3 +206,4 @@ def test_gradcheck(draw_tokens):
     assert torch.autograd.gradcheck(lambda u, v: reconstruction_loss(u, v, mask), (regions, patches))
     assert torch.autograd.gradcheck(gaussian_kl, (regions, regions.detach().flip(0).requires_grad_()))
     assert torch.autograd.gradcheck(lambda a: region_entropy(a, mask), affinity)
+    assert torch.autograd.gradcheck(lambda a: saliency_budget(a[..., 0], mask, 0.5), affinity)

@@ -240,7 +240,7 @@ def test_frozen_encoders_get_no_gradient_and_the_rest_does():
 
 @every_aligner
 def test_loss_is_the_weighted_sum_of_its_terms(fields):
-    weights = {"reconstruction_weight": 0.3, "kl_weight": 0.7, "entropy_weight": -0.2}
+    weights = {"reconstruction_weight": 0.3, "kl_weight": 0.7, "entropy_weight": -0.2, "budget_weight": 0.4}
     model = tiny_model(level_weights=[0.5, 0.3, 0.2], **weights, **fields)
     outputs = model(**tiny_inputs(), return_loss=True)
     if fields["aligner"] == "grm":
@@ -251,6 +251,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(fields):
             "reconstruction": 0.3,
             "kl": 0.7,
             "entropy": -0.2,
+            "budget": 0.4,
         }
     else:
         expected = {"contrastive": 1.0}

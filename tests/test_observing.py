@@ -15,7 +15,16 @@ from granalign_hf.training import observing, plot, train
 from granalign_hf.training.data import load_split
 from granalign_hf.training.observing import epoch_means, log_step, log_word_maps
 
-TERMS = {"loss", "contrastive_original", "contrastive_key", "contrastive_uncertain", "reconstruction", "kl", "entropy"}
+TERMS = {
+    "loss",
+    "contrastive_original",
+    "contrastive_key",
+    "contrastive_uncertain",
+    "reconstruction",
+    "kl",
+    "entropy",
+    "budget",
+}
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_metrics_tell_the_run(trained):
     config = AutoModel.from_pretrained(folder).config
     names = ("contrastive_original", "contrastive_key", "contrastive_uncertain")
     weights = dict(zip(names, config.level_weights, strict=True))
-    weights |= {name: getattr(config, f"{name}_weight") for name in ("reconstruction", "kl", "entropy")}
+    weights |= {name: getattr(config, f"{name}_weight") for name in ("reconstruction", "kl", "entropy", "budget")}
     for record in metrics["history"]:
         assert math.isclose(record["loss"], sum(w * record[name] for name, w in weights.items()), rel_tol=1e-4)
     assert metrics["num_train_images"] == 24 and metrics["seed"] == 0 and metrics["hours"] > 0

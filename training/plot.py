@@ -38,6 +38,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "reconstruction": ("reconstruction",),
         "KL": ("kl",),
         "entropy": ("entropy",),
+        "patch budget": ("budget",),
     },
     "validation rSum": {"rSum": ("validation", "rsum")},
     "validation R@1 (%)": {
