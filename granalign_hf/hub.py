@@ -36,6 +36,11 @@ PROCESSOR = (
     *("added_tokens.json", "vocab.*", "merges.txt", "*.model"),
 )
 KEPT = ("config.json", *WEIGHTS, *PROCESSOR, *CODE, *PICTURES)
+OUR_OWN = ("handler.py", "multi_vectors.py")  # that other libraries load
+SENTENCE_TRANSFORMERS: dict[str, Any] = {
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "multi_vectors.MultiVectors"}],
+    "config_sentence_transformers.json": {"model_type": "MultiVectorEncoder", "similarity_fn_name": "meanmaxsim"},
+}
 WAITS = (1, 5)  # seconds before another try
 # Of `huggingface_hub`, where the Hub is the reason: a RuntimeError is around another one, and a gateway sends no JSON.
 FAILURES = (HTTPError, RuntimeError, json.JSONDecodeError)
@@ -110,7 +115,7 @@ def check_repo_id(repo_id: str) -> None:
 def bundle(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str) -> None:
     """
     Copies what is published of a checkpoint into another folder: weights, configs, tokenizer, code and pictures; and adds
-    the card, `handler.py` for Inference Endpoints, and the pictures of the widget.
+    the card, `handler.py` for Inference Endpoints, what sentence-transformers loads, and the pictures of the widget.
 
     Raises:
         ValueError: the folder is no checkpoint; the message tells what is missing.
@@ -128,7 +133,10 @@ def bundle(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str) -
         )
     for name in kept:
         _place(folder / name, target / name)
-    shutil.copyfile(HERE / "handler.py", target / "handler.py")
+    for name in OUR_OWN:
+        shutil.copyfile(HERE / name, target / name)
+    for name, content in SENTENCE_TRANSFORMERS.items():
+        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     card = model_card(folder, repo_id=repo_id)
     (target / "README.md").write_text(card, encoding="utf-8")
     for example in (*SCENES, *PHOTOGRAPHS):

@@ -18,7 +18,7 @@ from tiny import region_model_and_processor, tiny_model, tiny_processor
 
 from granalign_hf import fixed_scores, hub
 from granalign_hf.evaluation import ranks_to_metrics
-from granalign_hf.hub import CODE, bundle, check_repo_id, publish, push
+from granalign_hf.hub import CODE, SENTENCE_TRANSFORMERS, bundle, check_repo_id, publish, push
 from granalign_hf.training import publishing, train
 from granalign_hf.training.publishing import Publishing
 
@@ -83,7 +83,7 @@ def on_the_hub(server: HubServer, revision: str = "main") -> dict[str, bytes]:
 def test_a_bundle_has_what_is_published_and_nothing_else(folder, tmp_path):
     bundle(folder, tmp_path, REPO)
     files = files_of(tmp_path)
-    own = {"README.md", "handler.py", "widget-3.jpg", "widget-4.jpg"}
+    own = {"README.md", "handler.py", "multi_vectors.py", *SENTENCE_TRANSFORMERS, "widget-3.jpg", "widget-4.jpg"}
     saved = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {*files} == {path.name for path in tmp_path.iterdir()} == {*CODE} | own | saved | {"learning_curve.png"}
     for name in {*files} - own:

@@ -1,0 +1,103 @@
+"""The published form of a checkpoint as a multi-vector encoder, by the real sentence-transformers."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model, tiny_processor
+
+from granalign_hf.hub import bundle
+
+sentence_transformers = pytest.importorskip(
+    "sentence_transformers", minversion="6", reason="sentence-transformers is not installed"
+)
+
+CAPTIONS = ["a red dog", "the blue cat and a square", "two green circles with a dog"]
+ALIGNERS = {
+    "chan": {"aligner": "chan"},
+    "grm": {"use_prefix_tokens": True, "use_special_tokens": False, "special_token_ids": [0, 2, 3]},
+    "vse++": {"aligner": "vse++", "pooling": "max"},
+}
+
+
+def pictures():
+    """Of three sizes."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((16, 16), (20, 40), (33, 17))]
+
+
+@pytest.fixture(scope="module", params=ALIGNERS)
+def published(request, tmp_path_factory):
+    """Model, processor, and the folder of what is published of them."""
+    model, processor = tiny_model(**ALIGNERS[request.param]), tiny_processor()
+    folder, target = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("bundle")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    bundle(folder, target, "org/granalign")
+    return model, processor, target
+
+
+@pytest.fixture(scope="module")
+def encoder(published):
+    return sentence_transformers.MultiVectorEncoder(str(published[2]), trust_remote_code=True, device="cpu")
+
+
+def best_patches(model, processor):
+    """(captions, images): the mean over the words of the best patch, pair by pair."""
+    with torch.no_grad():
+        image = model.get_image_features(**processor(images=pictures(), return_tensors="pt"))
+        texts = [model.get_text_features(**processor(text=caption, return_tensors="pt")) for caption in CAPTIONS]
+    if model.config.aligner == "vse++":
+        return torch.cat([model.score(image, text) for text in texts], 1).T
+    rows = []
+    for text in texts:
+        words = text.word_embeds[0][text.word_mask[0]]
+        rows.append([
+            (words @ patches[mask].T).amax(1).mean() for patches, mask in zip(image.patch_embeds, image.patch_mask)
+        ])  # fmt: skip
+    return torch.tensor(rows)
+
+
+def test_the_similarity_is_the_mean_over_the_words_of_the_best_patch(published, encoder):
+    model, processor, _ = published
+    queries, documents = encoder.encode_query(CAPTIONS), encoder.encode_document(pictures())
+    found = encoder.similarity(queries, documents)
+    torch.testing.assert_close(torch.as_tensor(found), best_patches(model, processor), atol=1e-5, rtol=0)
+    if model.config.aligner == "chan":
+        scores = model.score(
+            model.get_image_features(**processor(images=pictures(), return_tensors="pt")),
+            model.get_text_features(**processor(text=CAPTIONS, return_tensors="pt")),
+        )
+        torch.testing.assert_close(torch.as_tensor(found).T, scores.detach(), atol=1e-5, rtol=0)
+
+
+def test_neither_batch_nor_order_matters(encoder, tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for picture, path in zip(pictures(), paths, strict=True):
+        picture.save(path)
+    for whole, parts in (
+        (encoder.encode_query(CAPTIONS), encoder.encode_query(CAPTIONS[::-1], batch_size=1)[::-1]),
+        (encoder.encode_document(pictures()), encoder.encode_document([str(path) for path in paths], batch_size=2)),
+    ):
+        for one, other in zip(whole, parts, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_prompt_is_refused(encoder):
+    with pytest.raises(ValueError, match="trained without prompts"):
+        encoder.encode_query(CAPTIONS, prompt="query: ")
+
+
+def test_it_loads_without_the_package(published, encoder):
+    script = f"""
+import sys
+sys.modules["granalign_hf"] = None  # as if it were not installed
+from sentence_transformers import MultiVectorEncoder
+encoder = MultiVectorEncoder({str(published[2])!r}, trust_remote_code=True, device="cpu")
+print(float(encoder.encode_query({CAPTIONS[:1]!r})[0].sum()))
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert float(shown) == pytest.approx(float(encoder.encode_query(CAPTIONS[:1])[0].sum()), abs=1e-5)
