@@ -35,8 +35,8 @@ class MultiVectors(InputModule):
         """Sentences, or pictures (also paths), -> what the model takes. Raises ValueError: both at once, or a prompt."""
         if prompt:
             raise ValueError(f"Captions were trained without prompts, got `prompt` {prompt!r}. Leave it out.")
-        side = {"text": "text", "image": "images"}[infer_batch_modality(inputs, supported_modalities=self.modalities)]
-        return dict(self.processor(**{side: list(inputs)}, return_tensors="pt"))
+        is_text = infer_batch_modality(inputs, supported_modalities=self.modalities) == "text"
+        return dict(self.processor(**{"text" if is_text else "images": list(inputs)}, return_tensors="pt"))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds `token_embeddings` (n, L, d) and, in the place of what the tokenizer gave, `attention_mask` (n, L)."""
@@ -67,11 +67,10 @@ class MultiVectors(InputModule):
         cache_folder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        model_kwargs: dict[str, Any] | None = None,
+        init_defaults: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> MultiVectors:
         where: dict[str, Any] = {"subfolder": subfolder, "token": token, "cache_dir": cache_folder, "revision": revision}
-        where |= {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
-        model = AutoModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {}))
+        where |= {"local_files_only": local_files_only, "trust_remote_code": kwargs.get("trust_remote_code", False)}
+        model = AutoModel.from_pretrained(model_name_or_path, **where, **(kwargs.get("model_kwargs") or {}))
         return cls(model, AutoProcessor.from_pretrained(model_name_or_path, **where))
