@@ -58,9 +58,14 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"--- {name}, seed {seed}: done", flush=True)
         finished.append((seed, name))
         result = write_results(comparison, finished, command)
-    for measure in MEASURES:
+    for measure in measures_of(comparison):
         print((Path(comparison.results_dir) / f"{measure}.md").read_text())
     return result
+
+
+def measures_of(comparison: Comparison) -> list[str]:
+    """On the validation split no uncertainty, which is fitted there."""
+    return [measure for measure in MEASURES if measure != "uncertainty" or comparison.split != "validation"]
 
 
 def write_results(comparison: Comparison, finished: list[tuple[int, str]], command: str) -> dict:
@@ -76,8 +81,8 @@ def write_results(comparison: Comparison, finished: list[tuple[int, str]], comma
     folder = Path(comparison.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "measures.json").write_text(json.dumps(result, indent=1) + "\n")
-    for measure, table in TABLES.items():
-        (folder / f"{measure}.md").write_text(table(result["runs"]))
+    for measure in measures_of(comparison):
+        (folder / f"{measure}.md").write_text(TABLES[measure](result["runs"]))
     return result
 
 
@@ -89,7 +94,7 @@ def missing_steps(comparison: Comparison, name: str, seed: int, phrase_boxes: st
     """
     folder, data = run_folder(comparison, name, seed), data_words(comparison, name, seed)
     boxes = [] if phrase_boxes is None else ["--phrase_boxes", phrase_boxes]
-    for measure in MEASURES:
+    for measure in measures_of(comparison):
         if not (folder / f"{measure}-{comparison.split}.json").is_file():
             if measure == "uncertainty":
                 yield Step("calibrate", [str(folder), *data], folder)
@@ -100,9 +105,9 @@ def missing_steps(comparison: Comparison, name: str, seed: int, phrase_boxes: st
 def _measured(comparison: Comparison, name: str, runs: list[tuple[int, str]]) -> dict[str, Any]:
     seeds = [seed for seed, of in runs if of == name]
     measured: dict[str, Any] = {"seeds": seeds}
-    for measure, figures in MEASURES.items():
+    for measure in measures_of(comparison):
         files = [run_folder(comparison, name, seed) / f"{measure}-{comparison.split}.json" for seed in seeds]
-        measured |= {figure: [json.loads(file.read_text())[figure] for file in files] for figure in figures}
+        measured |= {figure: [json.loads(file.read_text())[figure] for file in files] for figure in MEASURES[measure]}
     return measured
 
 
