@@ -33,6 +33,7 @@ DESCRIPTIONS = {
     "vse++": "Image-text retrieval after VSE++ (BMVC 2018): one pooled vector a picture and one a caption, a baseline "
     "without alignment of words.",
 }
+ABOUT_EVALUATION = ("protocol", "num_images", "num_captions", "num_images_trained_on", "date", "command")
 PICTURES = {"learning_curve.png": "Loss and validation rSum by epoch", "demo.png": "Heat maps of the words of a caption"}
 _METRIC_TITLES = {"rsum": "rSum", "image_to_text": "Image to text", "text_to_image": "Text to image"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -265,12 +266,10 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
         rows.append((_metric_title(name), _figure(value, name), interval or "not measured"))
     parts = [
         f"### {evaluation['dataset']}, {evaluation['split']}",
-        "Protocol: {protocol}. Images: {num_images}, captions: {num_captions}. Measured: {date}, `{command}`.".format_map(
-            {
-                name: evaluation.get(name, "not recorded")
-                for name in ("protocol", "num_images", "num_captions", "date", "command")
-            }
-        ),
+        (
+            "Protocol: {protocol}. Images: {num_images}, captions: {num_captions}; images that are among those of the training: "
+            "{num_images_trained_on}. Measured: {date}, `{command}`."
+        ).format_map({name: evaluation.get(name, "not recorded") for name in ABOUT_EVALUATION}),
         markdown_table(("metric", "value", "95 % interval"), rows),
     ]
     if evaluation.get("diagnostics"):
