@@ -267,7 +267,7 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
     parts = [
         f"### {evaluation['dataset']}, {evaluation['split']}",
         (
-            "Protocol: {protocol}. Images: {num_images}, captions: {num_captions}; images that are among those of the training: "
+            "Protocol: {protocol}. Images: {num_images}, captions: {num_captions}; images that the training had seen: "
             "{num_images_trained_on}. Measured: {date}, `{command}`."
         ).format_map({name: evaluation.get(name, "not recorded") for name in ABOUT_EVALUATION}),
         markdown_table(("metric", "value", "95 % interval"), rows),

@@ -20,7 +20,7 @@ from typing import Any
 import data
 import report
 import torch
-from measuring import alternate, milliseconds, ratio
+from measuring import alternate, milliseconds, peak_megabytes, ratio
 from PIL import Image
 from similarity import draw
 from torch import Tensor
@@ -71,16 +71,21 @@ def kernel(model: GranAlignModel, images: GranAlignImageOutput, query: GranAlign
     return [model.score(images, query) for _ in range(NUM_PICTURES // BLOCK)]
 
 
+def filled(folder: str, model: GranAlignModel, num_pictures: int) -> GranAlignIndex:
+    index = GranAlignIndex.create(f"{folder}/index", model, data.processor())
+    for number in range(num_pictures // BLOCK):
+        names = [f"{number}-{n}" for n in range(BLOCK)]
+        index.add_features(drawn_images(model, number), names, [{}] * BLOCK)
+    index.publish()
+    return index
+
+
 @torch.no_grad()
 def searching(rounds: int) -> list[dict]:
     """One caption among 10,000 pictures of 196 patches, K = 5, without the text encoder: two stages with 100 candidates, the
     engine alone, the exact score of all from the shards, and the kernel alone on tokens in memory. ms a caption."""
     model = grm()
-    with tempfile.TemporaryDirectory() as folder, GranAlignIndex.create(f"{folder}/index", model, data.processor()) as index:
-        for number in range(NUM_PICTURES // BLOCK):
-            names = [f"{number}-{n}" for n in range(BLOCK)]
-            index.add_features(drawn_images(model, number), names, [{}] * BLOCK)
-        index.publish()
+    with tempfile.TemporaryDirectory() as folder, filled(folder, model, NUM_PICTURES) as index:
         images, queries = drawn_images(model, 0), drawn_queries()
         vectors = [(query.word_embeds * query.word_saliency[..., None])[0].numpy() for query in queries]
         search = index.stages.search
@@ -104,6 +109,33 @@ def searching(rounds: int) -> list[dict]:
     ]
 
 
+def memory(rounds: int) -> list[dict]:
+    """Peak memory of a search for one caption in an index that is open, above what it took before, and what the engine alone
+    takes of it; MB, once."""
+    sizes = (NUM_PICTURES // 5, NUM_PICTURES)
+    stages = {"two stages, MB": False, "engine alone, MB": True}
+    return [
+        {"pictures": number} | {name: peak_megabytes(prepare_search, number, alone) for name, alone in stages.items()}
+        for number in sizes
+    ]
+
+
+@torch.no_grad()
+def prepare_search(num_pictures: int, is_engine_alone: bool) -> Callable[[], object]:
+    folder, model = tempfile.TemporaryDirectory(), grm()
+    index, first, second = filled(folder.name, model, num_pictures), *drawn_queries()[:2]
+
+    def run(query: GranAlignTextOutput = second) -> object:
+        with torch.no_grad():
+            if is_engine_alone:
+                return index.engine.search("regions", query.word_embeds[0].numpy(), 100)
+            return index.stages.search(query, 10, None, 100, False, None)
+
+    run(first)  # what the first search of a process makes once
+    run.folder = folder  # type: ignore[attr-defined]  # stays as long as this
+    return run
+
+
 def indexing(rounds: int) -> list[dict]:
     """256 photographs into an index, ViT-Tiny on the CPU, batches of 32: where the time goes. Storage is shards, engine and
     the copy for readers; an encoder ten times as fast is worked out, not measured."""
@@ -111,7 +143,7 @@ def indexing(rounds: int) -> list[dict]:
     pictures = [Image.open(io.BytesIO(data.photograph(seed))) for seed in range(NUM_PHOTOGRAPHS)]
     measured = [indexing_once(model, processor, pictures, number) for number in range(rounds)]
     rows = []
-    for tokens in ("float16", None):
+    for tokens in ("int8", None):
         total, storage = (statistics.median(one[tokens][kind] for one in measured) for kind in ("total", "storage"))
         fast = (total - storage) / 10 + storage
         shares = {"share of storage": storage / total, "with an encoder 10 x as fast": storage / fast}
@@ -121,7 +153,7 @@ def indexing(rounds: int) -> list[dict]:
 
 def indexing_once(model: GranAlignModel, processor, pictures: list, number: int) -> dict[str | None, dict[str, float]]:
     found: dict[str | None, dict[str, float]] = {}
-    for tokens in ("float16", None):
+    for tokens in ("int8", None):
         with tempfile.TemporaryDirectory() as folder:
             index = GranAlignIndex.create(f"{folder}/index", model, processor, tokens=tokens)
             clock = SimpleNamespace(seconds=0.0)
@@ -143,7 +175,7 @@ def timed(run: Callable, clock: SimpleNamespace) -> Callable:
     return wrapped
 
 
-SECTIONS: report.Sections = {"searching": searching, "indexing": indexing}
+SECTIONS: report.Sections = {"searching": searching, "memory": memory, "indexing": indexing}
 HEAD = "# Search\n\nWritten by `python tests/benchmarks/retrieval.py`: two stages, exact scores, and the cost of indexing.\n"
 
 
