@@ -31,12 +31,25 @@ class MultiVectors(InputModule):
     def modalities(self) -> list:
         return ["text", "image"]
 
+    def get_embedding_dimension(self) -> int:
+        return self.model.config.projection_dim
+
     def preprocess(self, inputs: Sequence, prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Sentences, or pictures (also paths), -> what the model takes. Raises ValueError: both at once, or a prompt."""
+        """
+        Sentences, or pictures, -> what the model takes.
+
+        Args:
+            inputs: strings; or PIL images, arrays and the paths and URLs of image files. Each may stand in a dict, under
+                "text" or "image", and the features of regions have to: as arrays alone they would be taken for sound.
+
+        Raises:
+            ValueError: a sentence or picture that the processor refuses, or a prompt.
+        """
         if prompt:
             raise ValueError(f"Captions were trained without prompts, got `prompt` {prompt!r}. Leave it out.")
         is_text = infer_batch_modality(inputs, supported_modalities=self.modalities) == "text"
-        return dict(self.processor(**{"text" if is_text else "images": list(inputs)}, return_tensors="pt"))
+        things = [next(iter(thing.values())) if isinstance(thing, dict) else thing for thing in inputs]
+        return dict(self.processor(**{"text" if is_text else "images": things}, return_tensors="pt"))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds `token_embeddings` (n, L, d) and, in the place of what the tokenizer gave, `attention_mask` (n, L)."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_model, tiny_processor
+from tiny import region_model_and_processor, tiny_model, tiny_processor
 
 from granalign_hf.hub import bundle
 
@@ -29,15 +29,21 @@ def pictures():
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((16, 16), (20, 40), (33, 17))]
 
 
+def publish(folder, model, processor):
+    """What is published of a checkpoint, in a folder."""
+    target = folder / "bundle"
+    target.mkdir()
+    model.save_pretrained(folder / "run")
+    processor.save_pretrained(folder / "run")
+    bundle(folder / "run", target, "org/granalign")
+    return target
+
+
 @pytest.fixture(scope="module", params=ALIGNERS)
 def published(request, tmp_path_factory):
     """Model, processor, and the folder of what is published of them."""
     model, processor = tiny_model(**ALIGNERS[request.param]), tiny_processor()
-    folder, target = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("bundle")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    bundle(folder, target, "org/granalign")
-    return model, processor, target
+    return model, processor, publish(tmp_path_factory.mktemp("published"), model, processor)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +90,25 @@ def test_neither_batch_nor_order_matters(encoder, tmp_path):
     ):
         for one, other in zip(whole, parts, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_inputs_in_dicts(encoder):
+    for encode, name, things in (
+        (encoder.encode_query, "text", CAPTIONS),
+        (encoder.encode_document, "image", pictures()),
+    ):
+        for one, other in zip(encode(things), encode([{name: thing} for thing in things]), strict=True):
+            assert torch.equal(one, other) and one.shape[1] == encoder.get_embedding_dimension()
+
+
+def test_features_of_regions(tmp_path):
+    model, processor = region_model_and_processor(aligner="chan")
+    features = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    encoder = sentence_transformers.MultiVectorEncoder(str(publish(tmp_path, model, processor)), trust_remote_code=True)
+    documents = encoder.encode_document([{"image": one} for one in features])
+    with torch.no_grad():
+        scores = model(**processor(images=features, text=CAPTIONS, return_tensors="pt")).logits_per_text
+    torch.testing.assert_close(encoder.similarity(encoder.encode_query(CAPTIONS), documents), scores, atol=1e-5, rtol=0)
 
 
 def test_a_prompt_is_refused(encoder):
