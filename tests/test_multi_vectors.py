@@ -1,12 +1,16 @@
 """The published form of a checkpoint as a multi-vector encoder, by the real sentence-transformers."""
 
+import hashlib
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer, Repository
 from PIL import Image
+from test_loading import WITHOUT_PACKAGE
 from tiny import region_model_and_processor, tiny_model, tiny_processor
 
 from granalign_hf.hub import bundle
@@ -15,6 +19,7 @@ sentence_transformers = pytest.importorskip(
     "sentence_transformers", minversion="6", reason="sentence-transformers is not installed"
 )
 
+REPO = "org/granalign"
 CAPTIONS = ["a red dog", "the blue cat and a square", "two green circles with a dog"]
 ALIGNERS = {
     "chan": {"aligner": "chan"},
@@ -35,7 +40,7 @@ def publish(folder, model, processor):
     target.mkdir()
     model.save_pretrained(folder / "run")
     processor.save_pretrained(folder / "run")
-    bundle(folder / "run", target, "org/granalign")
+    bundle(folder / "run", target, REPO)
     return target
 
 
@@ -116,13 +121,41 @@ def test_a_prompt_is_refused(encoder):
         encoder.encode_query(CAPTIONS, prompt="query: ")
 
 
-def test_it_loads_without_the_package(published, encoder):
-    script = f"""
-import sys
-sys.modules["granalign_hf"] = None  # as if it were not installed
+LOAD = """
+import sys, torch
+from PIL import Image
 from sentence_transformers import MultiVectorEncoder
-encoder = MultiVectorEncoder({str(published[2])!r}, trust_remote_code=True, device="cpu")
-print(float(encoder.encode_query({CAPTIONS[:1]!r})[0].sum()))
+
+repo, out, picture, *captions = sys.argv[1:]
+encoder = MultiVectorEncoder(repo, trust_remote_code=True, device="cpu")
+assert type(encoder[0].model).__module__.startswith("transformers_modules."), type(encoder[0].model)
+vectors = encoder.encode_query(captions), encoder.encode_document([picture, Image.open(picture)])
+encoder.save_pretrained("again")
+again = MultiVectorEncoder("again", trust_remote_code=True, device="cpu")
+torch.save((*vectors, encoder.similarity(*vectors), again.similarity(*vectors)), out)
 """
-    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert float(shown) == pytest.approx(float(encoder.encode_query(CAPTIONS[:1])[0].sum()), abs=1e-5)
+
+
+def test_a_stranger_loads_it_from_the_hub_and_saves_it(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    files = {path.name: path.read_bytes() for path in publish(tmp_path, model, processor).iterdir()}
+    pictures()[1].save(tmp_path / "picture.png")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    with HubServer({}) as server:
+        server.repositories[REPO] = Repository(is_private=False)
+        server.repositories[REPO].commit("main", "by push", files)
+        server.blobs = {hashlib.sha256(content).hexdigest(): content for content in files.values()}
+        environment |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        names = [REPO, "vectors.pt", "picture.png", *CAPTIONS]
+        command = [sys.executable, "-c", WITHOUT_PACKAGE + LOAD, *names]
+        run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    words, patches, *scores = torch.load(tmp_path / "vectors.pt")
+    with torch.no_grad():
+        image = model.get_image_features(**processor(images=pictures()[1], return_tensors="pt"))
+        text = model.get_text_features(**processor(text=CAPTIONS, return_tensors="pt"))
+    for found, expected, mask in zip(words, text.word_embeds, text.word_mask, strict=True):
+        torch.testing.assert_close(found, expected[mask], atol=1e-6, rtol=0)
+    for found in patches:
+        torch.testing.assert_close(found, image.patch_embeds[0], atol=1e-6, rtol=0)
+    assert torch.equal(*scores) and scores[0].shape == (3, 2)
