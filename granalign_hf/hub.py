@@ -36,7 +36,6 @@ PROCESSOR = (
     *("added_tokens.json", "vocab.*", "merges.txt", "*.model"),
 )
 KEPT = ("config.json", *WEIGHTS, *PROCESSOR, *CODE, *PICTURES)
-OUR_OWN = ("handler.py", "multi_vectors.py")  # that other libraries load
 SENTENCE_TRANSFORMERS: dict[str, Any] = {
     "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "multi_vectors.MultiVectors"}],
     "config_sentence_transformers.json": {"model_type": "MultiVectorEncoder", "similarity_fn_name": "meanmaxsim"},
@@ -133,15 +132,20 @@ def bundle(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str) -
         )
     for name in kept:
         _place(folder / name, target / name)
-    for name in OUR_OWN:
-        shutil.copyfile(HERE / name, target / name)
-    for name, content in SENTENCE_TRANSFORMERS.items():
-        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(HERE / "handler.py", target / "handler.py")
+    add_multi_vectors(target)
     card = model_card(folder, repo_id=repo_id)
     (target / "README.md").write_text(card, encoding="utf-8")
     for example in (*SCENES, *PHOTOGRAPHS):
         if example.file in card:
             (target / example.file).write_bytes(files("granalign_hf.model_cards").joinpath(example.file).read_bytes())
+
+
+def add_multi_vectors(folder: Path) -> None:
+    """Writes beside a checkpoint what sentence-transformers needs to load it as a multi-vector encoder."""
+    shutil.copyfile(HERE / "multi_vectors.py", folder / "multi_vectors.py")
+    for name, content in SENTENCE_TRANSFORMERS.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def publish(

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoProcessor
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import RetrievalRanks, paired_bootstrap, ranks_to_metrics, retrieval_metrics
+from granalign_hf.hub import SENTENCE_TRANSFORMERS
 from granalign_hf.training import demo, evaluate, protocols, train
 from granalign_hf.training.arguments import parse_arguments
 from granalign_hf.training.build import build
@@ -54,6 +55,7 @@ def test_folder_is_complete(trained):
         "metrics.json",
     } <= names
     assert {"learning_curve.png", "modeling_granalign.py", "configuration_granalign.py", "processing_granalign.py"} <= names
+    assert {"multi_vectors.py", *SENTENCE_TRANSFORMERS} <= names
 
 
 def test_metrics_tell_the_run(trained):

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from granalign_hf.evaluation import RetrievalRanks
+from granalign_hf.hub import add_multi_vectors
 from granalign_hf.model_card import write_model_card
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
@@ -70,9 +71,10 @@ def keep_best(
 
 
 def save_checkpoint(model, processor, folder: Path) -> None:
-    """The complete folder that `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained` read."""
+    """The complete folder that the Auto classes of Transformers and sentence-transformers read."""
     model.save_pretrained(folder, state_dict=merged_state(model))
     processor.save_pretrained(folder)
+    add_multi_vectors(folder)
 
 
 def replace_checkpoint(output: Path, new: Path) -> None:
