@@ -86,7 +86,8 @@ def export(model: Any, processor: Any, folder: str | os.PathLike, format: str = 
         The three files.
 
     Raises:
-        ValueError: another `format`, int8 of another format than ONNX, a model in training mode or of features of regions.
+        ValueError: another `format`, int8 of another format than ONNX, a model in training mode or of features of regions, a
+            folder with graphs of the other format.
         ImportError: a package for ONNX is missing.
         RuntimeError: the scores differ from those of the model by more than 1e-4.
     """
@@ -104,6 +105,9 @@ def export(model: Any, processor: Any, folder: str | os.PathLike, format: str = 
             "`model` takes features of regions or has a GRU, whose steps follow the captions: no graph fits all."
         )
     folder = Path(folder)
+    others = [file.name for other, suffix in FORMATS.items() if other != format for file in folder.glob(f"*{suffix}")]
+    if others:
+        raise ValueError(f"{folder} has graphs of another format ({', '.join(sorted(others))}). Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     graphs = _graphs(model, _examples(model, processor, num_images=2, num_captions=3, num_words=5))
     files = [folder / f"{part}{FORMATS[format]}" for part in PARTS]

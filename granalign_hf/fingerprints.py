@@ -10,10 +10,12 @@ import torch
 
 from .modeling.configuration_granalign import CALIBRATED_FIELDS
 
-# Of a config: where it was saved and by what, and what only turns scores into probabilities.
+# Of a config: where it was saved and by what, what only training reads, and what only turns scores into probabilities.
 WITHOUT_EFFECT = {
-    "_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "transformers_version", *CALIBRATED_FIELDS
-}  # fmt: skip
+    *("_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "transformers_version"),
+    *("margin", "patch_dropout", "reconstruction_weight", "kl_weight", "entropy_weight", "patch_budget", "budget_weight"),
+    *CALIBRATED_FIELDS,
+}
 
 
 def add_weights(digest: Any, model: Any) -> None:
@@ -21,7 +23,7 @@ def add_weights(digest: Any, model: Any) -> None:
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         values = weight.contiguous().cpu()
-        digest.update(values.view(torch.uint8).numpy().tobytes() if weight.ndim else repr(weight).encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def image_settings(processor: Any) -> str:

@@ -91,8 +91,8 @@ def push(
         ValueError: the folder is no checkpoint, or the name of the repository is wrong.
         PermissionError: there is no token, it has expired, or it has no right to write there.
         ConnectionError: the Hub cannot be reached.
-        OSError: the Hub fails, or what was published scores differently. But for the last, nothing is published then; a
-            repository that had to be made may stay, empty.
+        OSError: the Hub fails, or what was published does not run without this package, or scores differently. What was
+            published by then stays, and the message tells; a repository that had to be made may stay, empty.
     """
     check_repo_id(repo_id)
     with TemporaryDirectory() as target:
@@ -120,7 +120,9 @@ def bundle(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str) -
         ValueError: the folder is no checkpoint; the message tells what is missing.
     """
     folder, target = Path(folder), Path(target)
-    names = [path.name for path in sorted(folder.iterdir()) if path.is_file()] if folder.is_dir() else []
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
     kept = [name for name in names if _matches(name, KEPT)]
     missing = [name for name in ("config.json", "processor_config.json", *CODE) if name not in kept]
     missing += [] if any(_matches(name, WEIGHTS) for name in kept) else ["model.safetensors"]
@@ -183,7 +185,10 @@ def publish(
         with _clear_errors(repo_id, api.endpoint, f"{done.commit_url} was published, but not compared."):
             api.snapshot_download(repo_id, revision=done.oid, local_dir=fresh, allow_patterns=names)
         is_same = filecmp.cmpfiles(folder, fresh, names, shallow=False)[0] == names
-        scores = _scores(Path(fresh), ["-c", WITHOUT_PACKAGE]) if is_same else []
+        try:
+            scores = _scores(Path(fresh), ["-c", WITHOUT_PACKAGE]) if is_same else []
+        except ValueError as error:
+            raise OSError(f"{done.commit_url} was published, but without this package: {error}") from error
     difference = max((abs(one - other) for one, other in zip(expected, scores)), default=math.inf)
     if not difference <= TOLERANCE:
         told = f"scores that differ by {difference:.2g}" if is_same else "other files"
@@ -204,7 +209,8 @@ def _scores(folder: Path, words: Sequence[str]) -> list[float]:
         command = [sys.executable, *words, str(folder.resolve()), str(out)]
         run = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
         if run.returncode:
-            raise ValueError(f"The checkpoint does not run in a process of its own: {run.stderr.strip().splitlines()[-1]}")
+            reason = (run.stderr.strip().splitlines() or [f"it ended with {run.returncode}"])[-1]
+            raise ValueError(f"The checkpoint does not run in a process of its own: {reason}")
         return [score for row in json.loads(out.read_text()) for score in row]
 
 
@@ -250,11 +256,12 @@ def _clear_errors(repo_id: str, endpoint: str, outcome: str) -> Iterator[None]:
         if status == 401:
             raise PermissionError(
                 f"{endpoint} does not accept the token: it is wrong or has expired. Log in with `hf auth login`, or set "
-                "HF_TOKEN."
+                f"HF_TOKEN. {outcome}"
             ) from error
         if status == 403:
             raise PermissionError(
-                f"The token has no right to write to {repo_id} on {endpoint}. Mend the name, or take a token that has it."
+                f"The token has no right to write to {repo_id} on {endpoint}. Mend the name, or take a token that has it. "
+                f"{outcome}"
             ) from error
         if status is None:
             raise ConnectionError(f"{endpoint} cannot be reached: {cause}. {outcome}") from error

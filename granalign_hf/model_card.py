@@ -296,7 +296,7 @@ def _training_section(training: dict[str, Any], folder: Path) -> str:
         "frozen encoders": None if "frozen_encoders" not in training else "yes" if training["frozen_encoders"] else "no",
         "hours": _sum(training, "hours", lambda run: run.get("hours")),
         "energy (kWh)": _sum(training, "energy", lambda run: (run.get("energy") or {}).get("kwh")),
-        "energy measured by": (training.get("energy") or {}).get("source"),
+        "energy measured": _measured_by(training.get("energy")),
         "hardware": training.get("hardware"),
         "date": training.get("date"),
         "versions": versions or None,
@@ -327,11 +327,19 @@ def _sum(training: dict[str, Any], name: str, of: Callable[[dict[str, Any]], Any
     return f"{own:.4g}, and {finite(earlier, name):.4g} of the run that it started from: {own + earlier:.4g}"
 
 
+def _measured_by(energy: dict[str, Any] | None) -> str | None:
+    """By what, and over how much of the run, which may have gone on without."""
+    if energy is None:
+        return None
+    hours = f" in {finite(energy['hours'], 'hours'):.4g} of the hours" if "hours" in energy else ""
+    return f"by {energy['source']}{hours}"
+
+
 def _emissions(training: dict[str, Any]) -> dict[str, Any] | None:
     """As the Hub shows them: grams, those of the run that it started from included."""
     runs = [training, *([training["started_from"]] if training.get("started_from") else [])]
-    energies = [run["energy"] for run in runs if run.get("energy")]
-    if not training.get("energy") or None in (energy["co2_kg"] for energy in energies):
+    energies = [run.get("energy") or {"co2_kg": None} for run in runs]
+    if None in (energy["co2_kg"] for energy in energies):
         return None
     return {
         "emissions": round(1000 * sum(finite(energy["co2_kg"], "co2_kg") for energy in energies), 3),

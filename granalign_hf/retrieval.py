@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,10 @@ class GranAlignIndex:
         if tokens == "auto":
             tokens = None if has_no_place or model.config.aligner == "vse++" else DEFAULT_TOKENS
         form = TokenFormat(tokens or DEFAULT_TOKENS, max_patches)
+        if max_patches is not None and (model.config.aligner != "grm" or contents != "images"):
+            raise ValueError('`max_patches` keeps the most salient patches of images, which only the aligner "grm" knows.')
+        if has_no_place and tokens is not None:
+            raise ValueError(f"The tokens of {path_or_url} are in a folder: name it as `token_folder`.")
         settings = {
             "version": 1,
             "contents": contents,
@@ -190,16 +194,13 @@ class GranAlignIndex:
         self._check_writer()
         ids = _ids_of(items) if ids is None else list(ids)
         payloads = [{}] * len(ids) if payloads is None else payloads
-        if not len(items) == len(ids) == len(payloads):
-            raise ValueError(
-                f"`items`, `ids` and `payloads` must have the same length, got {len(items)}, {len(ids)} and {len(payloads)}."
-            )
+        _check_lengths(items, ids, payloads)
         added = Added()
         seen: set[str] = set()
         with tqdm(total=len(ids), desc=self.settings["contents"], disable=is_quiet) as progress:
             for start in range(0, len(ids), batch_size):
                 numbers = range(start, min(start + batch_size, len(ids)))
-                known = {item.id for item in self.engine.get([ids[n] for n in numbers if isinstance(ids[n], str)])} - seen
+                known = {item.id for item in self.engine.get([ids[n] for n in numbers if _is_id(ids[n])])} - seen
                 new = [(ids[n], payloads[n], n) for n in numbers if ids[n] not in known]
                 added.num_skipped += len(numbers) - len(new)
                 self._write(added, seen, new, items)
@@ -214,7 +215,8 @@ class GranAlignIndex:
         `refused` names those that are not in, too.
         """
         self._check_writer()
-        old = {item.id: item.payload for item in self._get(ids)}
+        _check_lengths(items, ids, ids if payloads is None else payloads)
+        old = self.get(ids)
         added = Added()
         seen: set[str] = set()
         wanted = [(id, old[id] if payloads is None else payloads[n], n) for n, id in enumerate(ids) if id in old]
@@ -226,7 +228,7 @@ class GranAlignIndex:
     def delete(self, ids: Sequence[str]) -> int:
         """Forgets items; ids that are not in do no harm. Returns how many were in. Their tokens stay on the disk unread."""
         self._check_writer()
-        found = [item.id for item in self._get(ids)]
+        found = list(self.get(ids))
         self.engine.delete(found)
         self.engine.commit()
         return len(found)
@@ -244,7 +246,19 @@ class GranAlignIndex:
             else:
                 seen.add(id)
         if read:
+            self._store(added, kept, read)
+
+    def _store(self, added: Added, kept: list[tuple[str, dict]], read: list) -> None:
+        """Items that were read; where the model refuses one of them, each by itself."""
+        try:
             self.add_features(self.encoder.features(read), *zip(*kept, strict=True))
+        except ValueError as error:
+            if len(read) == 1:
+                added.refused[kept[0][0]] = str(error)
+                return
+            for item, thing in zip(kept, read, strict=True):
+                self._store(added, [item], [thing])
+        else:
             added.num_added += len(kept)
 
     def add_features(self, features: Any, ids: Sequence[str], payloads: Sequence[dict]) -> None:
@@ -262,10 +276,6 @@ class GranAlignIndex:
         items = [Item(*one) for one in zip(ids, payloads, places, strict=True)]
         self.engine.upsert(self.encoder.points(features, items))
         self.engine.commit()
-
-    def _get(self, ids: Sequence[str]) -> Iterator[Item]:
-        for start in range(0, len(ids), IDS_AT_ONCE):
-            yield from self.engine.get(ids[start : start + IDS_AT_ONCE])
 
     def _check_writer(self) -> None:
         if not self.storage.is_writer:
@@ -301,6 +311,8 @@ class GranAlignIndex:
         if min(top_k, candidates) < 1:
             raise ValueError(f"`top_k` and `candidates` must be at least 1, got {top_k} and {candidates}.")
         query = self._query(text, image)
+        if has_word_maps and text is None:
+            raise ValueError("`has_word_maps` needs `text`: the maps are those of its words.")
         words = read_caption(self.model, self.processor, text).words if has_word_maps and text is not None else None
         return self.stages.search(query, top_k, where, candidates, exact, words)
 
@@ -312,6 +324,14 @@ class GranAlignIndex:
         return self.queries.features([self.queries.read([given[wanted]], 0)])
 
     # ----------------------------------------------------------------------------------------------------------- inspecting
+
+    def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The payloads of those ids that are in."""
+        if isinstance(ids, str):
+            raise ValueError(f"`ids` must be a list of texts, got {ids!r}.")
+        wanted = [id for id in ids if _is_id(id)]
+        parts = (wanted[start : start + IDS_AT_ONCE] for start in range(0, len(wanted), IDS_AT_ONCE))
+        return {item.id: item.payload for part in parts for item in self.engine.get(part)}
 
     def stats(self) -> dict[str, Any]:
         """Number of items, what is stored of them, and the bytes of their tokens."""
@@ -349,15 +369,28 @@ def _ids_of(things: Sequence) -> list[str]:
     return [str(thing) for thing in things]
 
 
+def _check_lengths(items: Sequence, ids: Sequence, payloads: Sequence) -> None:
+    if not len(items) == len(ids) == len(payloads):
+        raise ValueError(
+            f"`items`, `ids` and `payloads` must have the same length, got {len(items)}, {len(ids)} and {len(payloads)}."
+        )
+
+
+def _is_id(id: Any) -> bool:
+    """A text; file names that are not UTF-8 come with surrogates, which no engine takes."""
+    return isinstance(id, str) and bool(id) and not any("\ud800" <= letter <= "\udfff" for letter in id)
+
+
 def _checked(id: Any, payload: Any, seen: set[str]) -> tuple[str, dict]:
     """An id and a payload as JSON has it."""
-    if not isinstance(id, str) or not id:
-        raise ValueError(f"its id must be a text that is not empty, got {id!r}")
+    if not _is_id(id):
+        raise ValueError(f"its id must be a text that is not empty and that UTF-8 can hold, got {id!r}")
     if id in seen:
         raise ValueError("its id came before; the first one counts")
     if not isinstance(payload, dict):
         raise ValueError(f"its payload must be a dictionary, got {type(payload).__name__}")
     try:
-        return id, json.loads(json.dumps(payload, allow_nan=False))
+        text = json.dumps(payload, allow_nan=False, ensure_ascii=False)
+        return id, json.loads(text.encode())
     except (TypeError, ValueError) as error:
         raise ValueError(f"its payload must be what JSON can hold, got {payload!r:.80}: {error}") from error

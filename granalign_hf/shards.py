@@ -40,6 +40,7 @@ class TokenShards:
         content = [row.tobytes() for row in rows]
         with open(self._file(number), "ab") as file:
             first = file.tell() // rows.dtype.itemsize
+            file.truncate(first * rows.dtype.itemsize)  # what is left of a row that could not be written, on a full disk
             file.write(b"".join(content))
             file.flush()
             os.fsync(file.fileno())

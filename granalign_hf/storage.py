@@ -20,6 +20,7 @@ from .engines import Engine
 from .engines.brute_force import BruteForce
 from .shards import TokenShards
 
+OWN_NAMES = {"index.json.unfinished", "engine", "tokens", "write.lock"}  # of an index that was killed as it was made
 ENGINES = ("edge", "torch")  # of a folder
 EXTRAS = {"edge": "index", "server": "server"}  # what to install
 
@@ -51,7 +52,7 @@ def create_storage(
         options: of `QdrantClient.create_collection`.
 
     Raises:
-        ValueError: there is an index already, or `options` without a server.
+        ValueError: there is an index already, or something else, or `options` without a server.
         BlockingIOError: another process writes there.
         ImportError: the engine is not installed.
     """
@@ -66,6 +67,8 @@ def create_storage(
     folder = Path(path)
     if (folder / "index.json").is_file():
         raise ValueError(f"{path} is an index already. Open it with `GranAlignIndex.open`, or choose another folder.")
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} - OWN_NAMES:
+        raise ValueError(f"{path} has other things in it. Choose a new folder for the index.")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     storage = _open_folder(folder, settings, token_folder, lock)

@@ -56,6 +56,7 @@ def to_rows(features: Any, form: TokenFormat) -> np.ndarray:
     for name, value in _stored_fields(features, form).items():
         if name in EMBEDS and form.dtype == "int8":
             values, scales = _to_int8(value)
+            _check_finite(name, scales, value)
             arrays |= {name: values.cpu().numpy(), f"{name}_scale": scales.cpu().numpy()}
         else:
             arrays[name] = _small(name, value)
@@ -128,6 +129,10 @@ def _small(name: str, value: Tensor) -> np.ndarray:
     if not value.is_floating_point():
         return value.cpu().numpy().astype(bool if value.dtype == torch.bool else np.int32)
     half = value.half()
-    if not half.isfinite().all():
-        raise ValueError(f"`{name}` does not fit float16: it reaches {value.abs().max():g}, or is not finite.")
+    _check_finite(name, half, value)
     return half.cpu().numpy()
+
+
+def _check_finite(name: str, stored: Tensor, value: Tensor) -> None:
+    if not stored.isfinite().all():
+        raise ValueError(f"`{name}` does not fit float16: it reaches {value.abs().max():g}, or is not finite.")

@@ -117,6 +117,13 @@ def test_index_and_search(run, folder, parts, tmp_path, monkeypatch, capsys):
     assert [one["id"] for one in answer] == [["a.png", "more/b.png"][number] for number in order]
     assert [one["score"] for one in answer] == pytest.approx(scores[order].tolist(), abs=1e-2)  # 8 bits
     assert found == [[(40, 30), (20, 20)][number] for number in order]
+    with pytest.raises(SystemExit, match="has tokens as int8: leave out --tokens"):
+        main(["index", str(pictures), "--out", index, "--tokens", "none", "--model", str(folder)])
+    with pytest.raises(SystemExit, match=r"b.png is in .* already, as that of .*more/b.png. Give each folder"):
+        (pictures / "other").mkdir()
+        (pictures / "other" / "more").mkdir()
+        (pictures / "other" / "more" / "b.png").write_bytes((folder / "0.png").read_bytes())
+        main(["index", str(pictures / "other"), "--out", index, "--model", str(folder)])
     shown = run("search", index, SENTENCES[0], "--top", "1").splitlines()
     assert len(shown) == 2 and shown[1].endswith(answer[0]["id"])
     monkeypatch.setattr(ImageShow, "_viewers", [])

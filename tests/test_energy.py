@@ -27,7 +27,7 @@ def test_energy_adds_up_over_a_resumed_run_and_stands_in_the_card(tmp_path):
     kwh = energy_of(tmp_path)["kwh"]
     assert first["kwh"] <= kwh <= state["energy"]["kwh"]
     card = (tmp_path / "README.md").read_text()
-    assert f"| energy (kWh) | {kwh:.4g} |" in card and f"| energy measured by | {first['source']} |" in card
+    assert f"| energy (kWh) | {kwh:.4g} |" in card and f"| energy measured | by {first['source']} in " in card
     told = ModelCard(card).data.co2_eq_emissions
     assert told["emissions"] == pytest.approx(1000 * energy_of(tmp_path)["co2_kg"], abs=6e-4)  # grams
     assert told["geographical_location"] == "FRA"

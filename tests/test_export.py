@@ -94,6 +94,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             export(*arguments)
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "text.onnx").touch()
+    with pytest.raises(ValueError, match=r"has graphs of another format \(text.onnx\)"):
+        export(model, processor, tmp_path / "both", "torch-export")
     with pytest.raises(ValueError, match="`folder` must hold vision, text and scorer"):
         ExportedModel(tmp_path)
 

@@ -211,8 +211,9 @@ def test_what_cannot_be_stored_is_refused():
     with pytest.raises(ValueError, match="`tokens` must be"):
         TokenFormat("float32")
     image.patch_embeds = image.patch_embeds * torch.nan
-    with pytest.raises(ValueError, match="`patch_embeds` does not fit float16"):
-        to_rows(image, TokenFormat())
+    for dtype in ("float16", "int8"):
+        with pytest.raises(ValueError, match="`patch_embeds` does not fit float16"):
+            to_rows(image, TokenFormat(dtype))
 
 
 # --------------------------------------------------------------------------------------------------------------- writing
@@ -238,6 +239,20 @@ def test_what_is_in_is_skipped_and_what_cannot_be_read_is_named(tmp_path):
         assert (again.num_added, again.num_skipped, set(again.refused)) == (2, 4, {str(paths[6])})
         assert {result.payload.get("n") for result in index.search(text="a dog")} == {0, 1, 2, 5, None}
         assert index.verify() == []
+
+
+def test_one_that_does_not_fit_costs_its_batch_nothing(tmp_path):
+    """Names that are not UTF-8, which file systems know, and features of another shape than those of the model."""
+    bad = "caf\udce9.png"
+    with GranAlignIndex.create(tmp_path / "i", tiny_model(), tiny_processor()) as index:
+        added = index.add(pictures(3), ["a", bad, "c"], [{}, {}, {"path": bad}], is_quiet=True)
+        assert (added.num_added, set(added.refused)) == (1, {bad, "c"})
+        assert "that UTF-8 can hold" in added.refused[bad] and "what JSON can hold" in added.refused["c"]
+    model, processor = region_model_and_processor(aligner="chan")
+    boxes = [np.zeros((4, 6), np.float32), np.zeros((4, 7), np.float32), np.ones((4, 6), np.float32)]
+    with GranAlignIndex.create(tmp_path / "j", model, processor, engine="torch") as index:
+        added = index.add(boxes, list("abc"), is_quiet=True)
+        assert (added.num_added, set(added.refused)) == (2, {"b"}) and set(index.get(list("abc"))) == {"a", "c"}
 
 
 def test_columns_of_a_data_set_are_read_one_by_one(tmp_path):
@@ -323,6 +338,9 @@ def test_another_model_or_preprocessing_is_refused_by_name(tmp_path):
             GranAlignIndex.open(tmp_path / "i", *other)
     with pytest.raises(ValueError, match="training mode"):
         GranAlignIndex.open(tmp_path / "i", tiny_model().train(), processor)
+    GranAlignIndex.open(
+        tmp_path / "i", tiny_model(kl_weight=0.5, margin=0.1), processor
+    ).close()  # what training alone reads
 
 
 def test_a_checkpoint_saved_and_calibrated_is_the_same_model(tmp_path):
@@ -355,6 +373,15 @@ def test_places_and_arguments_that_do_not_fit_are_refused(tmp_path):
     model, processor = tiny_model(), tiny_processor()
     filled(tmp_path / "i", model, processor, engine="torch").close()
     cases = [
+        ("has other things in it", lambda: GranAlignIndex.create(tmp_path, model, processor)),
+        (
+            "only the aligner",
+            lambda: GranAlignIndex.create(tmp_path / "k", tiny_model(aligner="chan"), processor, max_patches=4),
+        ),
+        (
+            "name it as `token_folder`",
+            lambda: GranAlignIndex.create("http://localhost:1/c", model, processor, tokens="int8"),
+        ),
         ("is an index already", lambda: GranAlignIndex.create(tmp_path / "i", model, processor)),
         ("`contents` must be", lambda: GranAlignIndex.create(tmp_path / "j", model, processor, contents="videos")),
         ("`engine` must be", lambda: GranAlignIndex.create(tmp_path / "j", model, processor, engine="faiss")),

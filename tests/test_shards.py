@@ -58,6 +58,15 @@ def test_what_is_left_of_a_half_written_row_is_cut_off(tmp_path):
     assert all(store.is_whole(place) for place in places)
 
 
+def test_a_row_that_did_not_fit_on_the_disk_misplaces_none_after_it(tmp_path):
+    store = TokenShards(tmp_path, True)
+    places = store.append(rows(SHORT, 3))
+    with open(tmp_path / "000000.bin", "ab") as file:
+        file.write(b"half")  # what a write that failed has left, in a store that stays open
+    places += store.append(rows(SHORT, 2, 1))
+    assert all(store.is_whole(place) for place in places)
+
+
 def test_what_is_missing_or_changed_is_noticed(tmp_path):
     store = TokenShards(tmp_path, True)
     places = store.append(rows(SHORT, 3))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from granalign_hf.card_sections import SECTIONS
 from granalign_hf.evaluation import RetrievalRanks
 from granalign_hf.hub import add_multi_vectors
 from granalign_hf.model_card import write_model_card
@@ -24,7 +25,7 @@ from granalign_hf.training.tuning import merged_state
 
 # What tells of the weights of before, and these.
 REPLACED = (
-    *("metrics*.json", "ranks-*.npz", "uncertainty-*.json", "grounding-*.json", "foils-*.json", "demo.png", "README.md"),
+    *("metrics*.json", "ranks-*.npz", *(f"{kind}-*.json" for kind in SECTIONS), "demo.png", "README.md"),
     "model*.safetensors*",
 )
 

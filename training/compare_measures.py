@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--jobs", type=int, default=1, help="Evaluations at a time; each has its share of the cores.")
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
+    if not arguments.recipe.is_file():
+        parser.error(f"the recipe {arguments.recipe} does not exist")
     if not 1 <= arguments.jobs <= len(available_cores()):
         parser.error(f"--jobs must lie in 1..{len(available_cores())}, the number of cores, got {arguments.jobs}")
     comparison = Comparison.read(arguments.recipe)

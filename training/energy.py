@@ -40,13 +40,14 @@ class EnergyMeter:
         self.tracker.start_task()
 
     def add_to(self, energy: dict | None) -> dict:
-        """What was used before, with what was since the last call: `kwh`, `co2_kg` or `None`, `country` and `source`."""
+        """What was used before and since: `kwh`, `co2_kg` or `None`, the `hours` of both, `country` and `source`."""
         used = self.tracker.stop_task()
         self.tracker.start_task()
-        before = energy or {"kwh": 0.0, "co2_kg": 0.0}
+        before = energy or {"kwh": 0.0, "co2_kg": 0.0, "hours": 0.0}
         return {
             "kwh": before["kwh"] + used.energy_consumed,
             "co2_kg": None if None in (self.country, before["co2_kg"]) else before["co2_kg"] + used.emissions,
+            "hours": before["hours"] + used.duration / 3600,
             "country": self.country,
             "source": f"CodeCarbon {version('codecarbon')}",
         }

@@ -19,12 +19,14 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Raises ValueError: several of both."""
+    """Raises ValueError: several of both, or fewer than one to show."""
     from granalign_hf.modeling.pipelines import ImageTextRetrievalPipeline
 
     images, texts = arguments.image, arguments.text
     if len(images) > 1 and len(texts) > 1:
         raise ValueError(f"Pass one picture or one sentence, got {len(images)} pictures and {len(texts)} sentences.")
+    if arguments.top is not None and arguments.top < 1:
+        raise ValueError(f"--top must be at least 1, got {arguments.top}.")
     model, processor = load(arguments)
     ranker = ImageTextRetrievalPipeline(model=model, processor=processor)
     query = {"image": images[0], "candidates": texts} if len(images) == 1 else {"text": texts[0], "candidates": images}
