@@ -75,6 +75,7 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload model",
+    license: str | None = None,
     token: str | None = None,
 ) -> Published:
     """
@@ -85,6 +86,7 @@ def push(
         repo_id: `org/name`. The repository is made if it does not exist.
         private: for a new repository. Default: what is set for `org`.
         revision: a branch, made if it does not exist. Default: `main`.
+        license: of the weights, as the Hub spells it, such as "cc-by-nc-4.0". Default: none is claimed.
         token: Default: that of `hf auth login` or of `HF_TOKEN`.
 
     Raises:
@@ -96,7 +98,7 @@ def push(
     """
     check_repo_id(repo_id)
     with TemporaryDirectory() as target:
-        bundle(folder, target, repo_id)
+        bundle(folder, target, repo_id, license)
         return publish(target, repo_id, private=private, revision=revision, commit_message=commit_message, token=token)
 
 
@@ -111,7 +113,7 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"A repository on the Hub is named org/name, got {repo_id!r}: {problem}.")
 
 
-def bundle(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str) -> None:
+def bundle(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str, license: str | None = None) -> None:
     """
     Copies what is published of a checkpoint into another folder: weights, configs, tokenizer, code and pictures; and adds
     the card, `handler.py` for Inference Endpoints, what sentence-transformers loads, and the pictures of the widget.
@@ -136,7 +138,7 @@ def bundle(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str) -
         _place(folder / name, target / name)
     shutil.copyfile(HERE / "handler.py", target / "handler.py")
     add_multi_vectors(target)
-    card = model_card(folder, repo_id=repo_id)
+    card = model_card(folder, repo_id=repo_id, license=license)
     (target / "README.md").write_text(card, encoding="utf-8")
     for example in (*SCENES, *PHOTOGRAPHS):
         if example.file in card:

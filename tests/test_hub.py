@@ -90,6 +90,10 @@ def test_a_bundle_has_what_is_published_and_nothing_else(folder, tmp_path):
         assert files[name] == (folder / name).read_bytes(), name
     for name, content in files.items():
         assert str(folder).encode() not in content, name
+    assert "license:" not in files["README.md"].decode()
+    (tmp_path / "licensed").mkdir()
+    bundle(folder, tmp_path / "licensed", REPO, license="cc-by-nc-4.0")
+    assert "\nlicense: cc-by-nc-4.0\n" in (tmp_path / "licensed" / "README.md").read_text()
     assert f'from_pretrained("{REPO}", trust_remote_code=True)' in files["README.md"].decode()
 
 
@@ -119,7 +123,7 @@ def test_a_folder_that_is_no_checkpoint(folder, tmp_path, lost, told):
             (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"is no complete checkpoint of granalign: {told}"):
         push(tmp_path, REPO, token=TOKEN)
-    with pytest.raises(ValueError, match="is no complete checkpoint of granalign"):
+    with pytest.raises(ValueError, match="There is no folder .*nowhere"):
         push(tmp_path / "nowhere", REPO, token=TOKEN)
 
 

@@ -16,13 +16,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; it is made if it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="if it is made, only for the members of ORG")
     parser.add_argument("--revision", metavar="BRANCH", help="made if it does not exist (default: main)")
+    parser.add_argument("--license", metavar="NAME", help="of the weights, such as cc-by-nc-4.0 (default: none is claimed)")
     parser.add_argument("--message", default="Upload model", help="of the commit (default: Upload model)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from granalign_hf.hub import push
 
-    options = {"private": arguments.private, "revision": arguments.revision, "commit_message": arguments.message}
-    published = push(arguments.folder, arguments.repo_id, **options)
+    options = {"private": arguments.private, "revision": arguments.revision, "license": arguments.license}
+    published = push(arguments.folder, arguments.repo_id, commit_message=arguments.message, **options)
     lines = [f"{len(published.files)} files are at {published.url}", "Downloaded again, they give the same scores."]
     show(arguments, asdict(published), lines)
