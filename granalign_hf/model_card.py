@@ -109,9 +109,10 @@ def model_card(
     )
     if not metadata.eval_results:  # the Hub refuses a model index without results
         metadata.eval_results = metadata.model_name = None
-    image_code = _image_code(config)
-    examples = SCENES if training.get("dataset") == "scenes" else PHOTOGRAPHS
-    has_widget = repo_id is not None and not image_code["image_kind"]
+    is_of_scenes = training.get("dataset") == "scenes"
+    image_code = _image_code(config, is_of_scenes)
+    examples = SCENES if is_of_scenes else PHOTOGRAPHS
+    has_widget = repo_id is not None and _has_pictures(config)
     if has_widget:
         metadata.widget = [
             {"src": one.file, "example_title": one.title, "candidate_labels": ", ".join(one.labels)} for one in examples
@@ -243,13 +244,22 @@ def _encoder_section(config: dict[str, Any], training: dict[str, Any]) -> str:
     return ", ".join(names.values())
 
 
-def _image_code(config: dict[str, Any]) -> dict[str, str]:
-    """How the example has its image: a picture, or the features of its regions."""
+def _has_pictures(config: dict[str, Any]) -> bool:
+    return config.get("vision_config", {}).get("model_type") != "region_features"
+
+
+def _image_code(config: dict[str, Any], is_of_scenes: bool) -> dict[str, str]:
+    """How the example has its image and its captions: a drawn scene, a photograph, or the features of its regions."""
     vision = config.get("vision_config", {})
-    if vision.get("model_type") != "region_features":
-        return {"image_kind": "", "image_import": "from PIL import Image", "image": 'Image.open("photo.jpg")'}
+    code = {"image_kind": "", "image_import": "from PIL import Image"}
+    if is_of_scenes:
+        code["image_kind"] = " (the model knows no other pictures, and the words of their captions alone)"
+        return code | {"picture": "drawn scene", "image": 'Image.open("scene.png")', "captions": str(list(SCENES[0].labels))}
+    code |= {"picture": "photograph", "captions": '["a dog catches a red ball", "two people row a boat"]'}
+    if _has_pictures(config):
+        return code | {"image": 'Image.open("photo.jpg")'}
     kind = f", given as the features of {vision['num_boxes']} regions with {vision['hidden_size']} numbers each"
-    return {"image_kind": kind, "image_import": "import numpy as np", "image": 'np.load("features.npy")'}
+    return code | {"image_kind": kind, "image_import": "import numpy as np", "image": 'np.load("features.npy")'}
 
 
 def _result_section(evaluations: Sequence[dict[str, Any]]) -> str:

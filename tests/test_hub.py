@@ -123,7 +123,7 @@ def test_a_folder_that_is_no_checkpoint(folder, tmp_path, lost, told):
             (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"is no complete checkpoint of granalign: {told}"):
         push(tmp_path, REPO, token=TOKEN)
-    with pytest.raises(ValueError, match="There is no folder .*nowhere"):
+    with pytest.raises(ValueError, match=r"There is no folder .*nowhere"):
         push(tmp_path / "nowhere", REPO, token=TOKEN)
 
 

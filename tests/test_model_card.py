@@ -191,7 +191,7 @@ def test_a_figure_that_is_no_number_is_refused(folder, value):
 
 
 def test_a_placeholder_that_nothing_fills_is_refused(folder):
-    with pytest.raises(ValueError, match=r"placeholder \$rank, which nothing fills; known are data, description"):
+    with pytest.raises(ValueError, match=r"placeholder \$rank, which nothing fills; known are captions, data, description"):
         write_model_card(folder, template="# $model_name\n$rank")
     with pytest.raises(ValueError, match="without a placeholder"):
         write_model_card(folder, template="costs 5 $ a run")
