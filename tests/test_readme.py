@@ -175,6 +175,25 @@ def test_differences_of_the_prose_come_from_files():
         assert _measured(f"flickr8k-frozen-{name}/metrics-test.json", "metrics rsum") == runs[name]["rsum"][place]
 
 
+def test_figures_of_the_search_come_from_files():
+    measured = json.loads((ROOT / "training" / "results" / "search" / "search.json").read_text())["grm-seed1"]
+    run, curve = measured["run"], {row["stored"]: row for row in measured["curve"]}
+    prose = " ".join(README.split())
+    for told in (
+        f"on the {measured['num_images']:,} test photographs of Flickr8k",
+        f"and {measured['hardware'].split(' (')[0]}: indexed in {run['index_seconds']:.0f} seconds",
+        f"{run['bytes_on_disk'] / 1e6:.0f} MB on the disk, {run['search_ms']:.0f} ms a search",
+        f"rSum {measured['two_stages']['rsum']:.1f}, where the exact score of all pairs gives {measured['exact']['rsum']:.1f}",
+        f"8 bits ({curve['int8']['bytes'] / 1000:.0f} KB a photograph in all)",
+        f"without tokens ({curve['first stage alone']['bytes'] / 1000:.0f} KB) rSum is {curve['first stage alone']['rsum']:.1f}",
+    ):
+        assert told in prose, told
+    rows = json.loads((ROOT / "tests" / "benchmarks" / "retrieval.json").read_text())["searching"]["rows"]
+    faster = {row["search"]: row["two stages are faster by"] for row in rows}
+    assert f"a search is {faster['exact']:.0f} times as fast as the exact score of all from the disk" in prose
+    assert f"{faster['kernel alone']:.1f} times as fast as the kernel alone" in prose
+
+
 def _measured(file: str, keys: str) -> float:
     value = json.loads((ROOT / "model_cards" / file).read_text())
     for key in keys.split():

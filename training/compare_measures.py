@@ -71,7 +71,7 @@ def measures_of(comparison: Comparison) -> list[str]:
 
 
 def write_results(comparison: Comparison, finished: list[tuple[int, str]], command: str) -> dict:
-    """measures.json and the tables of the runs (seed, name) that are measured."""
+    """measures.json and the tables of the runs (seed, name), as far as they are measured."""
     names = {name for _, name in finished}
     result = {
         "command": command,
@@ -109,6 +109,7 @@ def _measured(comparison: Comparison, name: str, runs: list[tuple[int, str]]) ->
     measured: dict[str, Any] = {"seeds": seeds}
     for measure in measures_of(comparison):
         files = [run_folder(comparison, name, seed) / f"{measure}-{comparison.split}.json" for seed in seeds]
+        files = [file for file in files if file.is_file()]
         measured |= {figure: [json.loads(file.read_text())[figure] for file in files] for figure in MEASURES[measure]}
     return measured
 
@@ -162,6 +163,8 @@ def uncertainty_table(runs: dict[str, dict]) -> str:
         lines = [[way.replace("_", " "), *head, *(f"AUROC of {name}".replace("_", " ") for name in DOUBTS)]]
         for name, run in runs.items():
             figures = run[way]
+            if not figures:
+                continue
             lines.append([name, str(len(run["seeds"])), mean_and_spread([of["r1"] for of in figures])])
             lines[-1] += [_mean([of["softmax"][error] for of in figures], 3) for error in ("ece_before", "ece")]
             lines[-1] += [_mean([of["answer_sets"][figure] for of in figures], 1) for figure in ("coverage", "mean_size")]
