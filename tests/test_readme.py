@@ -170,6 +170,14 @@ def test_differences_of_the_prose_come_from_files():
     floor = f"reaches {rsum['max-mean']:.1f} ({to_floor['difference']:+.1f}, p = {to_floor['p_value']:.3f};"
     assert floor in prose and to_floor["p_value"] > 0.05
     assert f"average-pooled image: rSum {rsum['grm-paper-scale']:.1f}." in prose
+    lost = grm["rsum"][0] - runs["grm-budget"]["rsum"][0]
+    measures = json.loads((ROOT / "training" / "results" / "compare-flickr8k-frozen" / "measures.json").read_text())["runs"]
+    told, before = (measures[name]["auroc"][0]["patch_saliency"]["mean"] for name in ("grm-budget", "grm"))
+    assert f"(AUROC {told:.2f} instead of {before:.2f}), for {lost:.1f} rSum less with the same seed" in prose
+    tuned = json.loads((ROOT / "training" / "results" / "compare-flickr8k" / "results.json").read_text())["runs"]["grm"]
+    below, above = tuned["minus vse-max"], tuned["minus chan"]
+    assert f"GRM is {-below['difference']:.1f} below max-pooled VSE++ (p = {below['p_value']:.3f})" in prose
+    assert f"and {above['difference']:.1f} above CHAN (p = {above['p_value']:.3f})" in prose
     for name in ("grm", "chan", "vse-max"):
         place = result["seeds"].index(_measured(f"flickr8k-frozen-{name}/metrics.json", "seed"))
         assert _measured(f"flickr8k-frozen-{name}/metrics-test.json", "metrics rsum") == runs[name]["rsum"][place]
