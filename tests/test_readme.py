@@ -186,14 +186,15 @@ def test_differences_of_the_prose_come_from_files():
 def test_figures_of_the_search_come_from_files():
     measured = json.loads((ROOT / "training" / "results" / "search" / "search.json").read_text())["grm-seed1"]
     run, curve = measured["run"], {row["stored"]: row for row in measured["curve"]}
+    both, exact, none = measured["two_stages"]["rsum"], measured["exact"]["rsum"], curve["first stage alone"]
     prose = " ".join(README.split())
     for told in (
         f"on the {measured['num_images']:,} test photographs of Flickr8k",
         f"and {measured['hardware'].split(' (')[0]}: indexed in {run['index_seconds']:.0f} seconds",
         f"{run['bytes_on_disk'] / 1e6:.0f} MB on the disk, {run['search_ms']:.0f} ms a search",
-        f"rSum {measured['two_stages']['rsum']:.1f}, where the exact score of all pairs gives {measured['exact']['rsum']:.1f}",
+        f"rSum {both:.1f}, where the exact score of all pairs gives {exact:.1f}",
         f"8 bits ({curve['int8']['bytes'] / 1000:.0f} KB a photograph in all)",
-        f"without tokens ({curve['first stage alone']['bytes'] / 1000:.0f} KB) rSum is {curve['first stage alone']['rsum']:.1f}",
+        f"without tokens ({none['bytes'] / 1000:.0f} KB) rSum is {none['rsum']:.1f}",
     ):
         assert told in prose, told
     rows = json.loads((ROOT / "tests" / "benchmarks" / "retrieval.json").read_text())["searching"]["rows"]
