@@ -203,6 +203,12 @@ def test_figures_of_the_search_come_from_files():
     assert f"{faster['kernel alone']:.1f} times as fast as the kernel alone" in prose
 
 
+def test_figures_of_the_graphs_come_from_files():
+    folder = ROOT / "training" / "results" / "export"
+    whole, small = (json.loads((folder / f"grm-seed1-{kind}.json").read_text())["metrics"] for kind in ("float", "int8"))
+    assert f"falls from rSum {whole['rsum']:.1f} to {small['rsum']:.1f}" in " ".join(README.split())
+
+
 def _measured(file: str, keys: str) -> float:
     value = json.loads((ROOT / "model_cards" / file).read_text())
     for key in keys.split():
