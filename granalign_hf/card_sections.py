@@ -16,7 +16,7 @@ WAYS = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
 
 
 def measured_sections(folder: Path) -> str:
-    """A section for each of comparison-SPLIT.json, grounding-SPLIT.json, foils-SPLIT.json and uncertainty-SPLIT.json.
+    """A section for each KIND-SPLIT.json of whole splits, of the kinds in [`SECTIONS`].
 
     Raises:
         ValueError: a file is no JSON or lacks a figure, or a figure is not a finite number.

@@ -108,8 +108,6 @@ class GranAlignIndex:
         form = TokenFormat(tokens or DEFAULT_TOKENS, max_patches)
         if max_patches is not None and (model.config.aligner != "grm" or contents != "images"):
             raise ValueError('`max_patches` keeps the most salient patches of images, which only the aligner "grm" knows.')
-        if has_no_place and tokens is not None:
-            raise ValueError(f"The tokens of {path_or_url} are in a folder: name it as `token_folder`.")
         settings = {
             "version": 1,
             "contents": contents,
@@ -311,9 +309,11 @@ class GranAlignIndex:
         if min(top_k, candidates) < 1:
             raise ValueError(f"`top_k` and `candidates` must be at least 1, got {top_k} and {candidates}.")
         query = self._query(text, image)
-        if has_word_maps and text is None:
-            raise ValueError("`has_word_maps` needs `text`: the maps are those of its words.")
-        words = read_caption(self.model, self.processor, text).words if has_word_maps and text is not None else None
+        words = None
+        if has_word_maps:
+            if text is None:
+                raise ValueError("`has_word_maps` needs `text`: the maps are those of its words.")
+            words = read_caption(self.model, self.processor, text).words
         return self.stages.search(query, top_k, where, candidates, exact, words)
 
     def _query(self, text: str | None, image: Any) -> Any:

@@ -58,6 +58,7 @@ def create_storage(
     """
     path = str(path_or_url)
     if is_url(path):
+        _check_token_folder(path, settings, token_folder)  # before there is a collection
         server = _engine_module("server")
         client, collection = server.connect(path)
         server.create_collection(client, collection, settings["dim"], settings["num_vectors"], settings, **options)
@@ -169,13 +170,17 @@ def _publish_what_was_left(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _with_tokens(path: str, settings: dict[str, Any], engine: Engine, token_folder: Path | None, is_writer: bool) -> Storage:
-    if not settings["tokens"]:
+    _check_token_folder(path, settings, token_folder)
+    if token_folder is None or not settings["tokens"]:
         return Storage(path, settings, engine, None, None, is_writer)
-    if token_folder is None:
-        raise ValueError(f"The tokens of {path} are in a folder: name it as `token_folder`.")
     token_folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(token_folder) if is_writer else None
     return Storage(path, settings, engine, TokenShards(token_folder, is_writer), lock, is_writer)
+
+
+def _check_token_folder(path: str, settings: dict[str, Any], token_folder: Path | None) -> None:
+    if settings["tokens"] and token_folder is None:
+        raise ValueError(f"The tokens of {path} are in a folder: name it as `token_folder`.")
 
 
 def _engine_module(name: str) -> Any:

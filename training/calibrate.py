@@ -47,7 +47,7 @@ from granalign_hf.modeling.configuration_granalign import CONFIDENCE_MEASURES
 from granalign_hf.modeling.standard_errors import has_standard_errors, standard_errors
 from granalign_hf.training.arguments import PRECISIONS, DataArguments
 from granalign_hf.training.data import CaptionedImages, load_split
-from granalign_hf.training.evaluate import load_checkpoint
+from granalign_hf.training.evaluate import load_checkpoint, part_name
 from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import Encoder, Measured, measured_split
@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
         }
     if accelerator.is_main_process:
         save_fitted(folder, fitted)
-        part = "" if args.max_images is None else f"-first-{args.max_images}"
-        output = folder / f"uncertainty-{args.split}{part}.json"
+        output = folder / f"uncertainty-{part_name(args.split, args.max_images)}.json"
         write_whole(output, json.dumps(result, indent=2) + "\n")
         if args.max_images is None and (folder / "metrics.json").is_file():
             write_model_card(folder)

@@ -96,15 +96,13 @@ def main(argv: list[str] | None = None) -> dict:
 
 def write_cards(comparison: Comparison, result: dict) -> None:
     """The cards of the checkpoints that are there, with the figures of all runs beside their own."""
+    shared = {key: result[key] for key in ("command", "date", "split")}
+    shared["runs"] = {run: {column: row[column] for column in COLUMNS} for run, row in result["runs"].items()}
     for seed, name in itertools.product(comparison.seeds, comparison.runs):
         folder = run_folder(comparison, name, seed)
         if (folder / "config.json").is_file():
-            figures = {run: {column: row[column] for column in COLUMNS} for run, row in result["runs"].items()}
-            about = {"dataset": Path(run_settings(comparison, name, seed)["dataset"]).name, "own": name}
-            about |= {key: result[key] for key in ("command", "date", "split")}
-            (folder / f"comparison-{comparison.split}.json").write_text(
-                json.dumps({**about, "runs": figures}, indent=1) + "\n"
-            )
+            own = {"dataset": Path(run_settings(comparison, name, seed)["dataset"]).name, "own": name}
+            (folder / f"comparison-{comparison.split}.json").write_text(json.dumps({**own, **shared}, indent=1) + "\n")
             write_model_card(folder)
 
 

@@ -108,8 +108,8 @@ def _measured(comparison: Comparison, name: str, runs: list[tuple[int, str]]) ->
     seeds = [seed for seed, of in runs if of == name]
     measured: dict[str, Any] = {"seeds": seeds}
     for measure in measures_of(comparison):
-        files = [run_folder(comparison, name, seed) / f"{measure}-{comparison.split}.json" for seed in seeds]
-        files = [file for file in files if file.is_file()]
+        paths = [run_folder(comparison, name, seed) / f"{measure}-{comparison.split}.json" for seed in seeds]
+        files = [path for path in paths if path.is_file()]
         measured |= {figure: [json.loads(file.read_text())[figure] for file in files] for figure in MEASURES[measure]}
     return measured
 

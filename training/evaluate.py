@@ -166,8 +166,13 @@ def measured_name(args: EvaluateArguments, folder: Path) -> str:
     record, dataset = folder / "metrics.json", Path(args.dataset).name
     trained_on = json.loads(record.read_text()).get("dataset", dataset) if record.is_file() else dataset
     parts = [] if dataset == trained_on else [dataset]
-    parts.append(args.protocol or args.split)
-    return "-".join(parts if args.max_images is None else [*parts, f"first-{args.max_images}"])
+    parts.append(part_name(args.protocol or args.split, args.max_images))
+    return "-".join(parts)
+
+
+def part_name(split: str, max_images: int | None) -> str:
+    """A split, or its first images; `card_sections.is_part` tells them apart."""
+    return split if max_images is None else f"{split}-first-{max_images}"
 
 
 def load_data(args: EvaluateArguments, parser: SettingsParser) -> CaptionedImages:
