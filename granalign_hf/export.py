@@ -34,6 +34,13 @@ _SCORED = ("patch_embeds", "patch_mask", "patch_saliency", "patch_logits", "regi
 _DYNAMIC = torch.export.Dim.DYNAMIC
 
 
+class Exported(NamedTuple):
+    """What [`export`] has written: three files, and by how much their scores differ from the model's at most."""
+
+    files: list[Path]
+    difference: float
+
+
 class _Graph(NamedTuple):
     """A module to export, with inputs to trace it with."""
 
@@ -72,7 +79,7 @@ class _Scorer(nn.Module):
         return self.model.config.logit_scale * self.model.score(image, text)
 
 
-def export(model: Any, processor: Any, folder: str | os.PathLike, format: str = "onnx", is_int8: bool = False) -> list[Path]:
+def export(model: Any, processor: Any, folder: str | os.PathLike, format: str = "onnx", is_int8: bool = False) -> Exported:
     r"""
     Writes `vision`, `text` and `scorer` into a folder, with the config and the processor, and compares them with the model.
 
@@ -80,10 +87,10 @@ def export(model: Any, processor: Any, folder: str | os.PathLike, format: str = 
         model: a [`GranAlignModel`] in evaluation mode, in float32 on the CPU. processor: its [`GranAlignProcessor`].
         format: `"onnx"` (needs the extra `export`) or `"torch-export"`.
         is_int8: of ONNX, whether the weights of both encoders are quantised to 8 bits, the activations as they come (dynamic
-            quantisation). The scorer stays in float32, and nothing is compared.
+            quantisation). The scorer stays in float32, and no difference is too large.
 
     Returns:
-        The three files.
+        The three files, and the largest difference between their scores and the model's, for random pixels and words.
 
     Raises:
         ValueError: another `format`, int8 of another format than ONNX, a model in training mode or of features of regions, a
@@ -118,9 +125,10 @@ def export(model: Any, processor: Any, folder: str | os.PathLike, format: str = 
     if is_int8:
         for file in files[:2]:
             _quantize(file)
-    else:
-        _compare(model, _examples(model, processor, num_images=3, num_captions=4, num_words=9), folder)
-    return files
+    difference = _difference(model, _examples(model, processor, num_images=3, num_captions=4, num_words=9), folder)
+    if not is_int8 and not difference <= TOLERANCE * model.config.logit_scale:
+        raise RuntimeError(f"The graphs in {folder} score differently from the model, by up to {difference:.2g}.")
+    return Exported(files, difference)
 
 
 @torch.no_grad()
@@ -195,12 +203,10 @@ def _quantize(file: Path) -> None:
     whole.unlink()
 
 
-def _compare(model: Any, inputs: dict[str, Tensor], folder: Path) -> None:
+def _difference(model: Any, inputs: dict[str, Tensor], folder: Path) -> float:
     with torch.no_grad():
         expected = model(**inputs).logits_per_image
-    difference = float((ExportedModel(folder)(**inputs) - expected).abs().max())
-    if not difference <= TOLERANCE * model.config.logit_scale:
-        raise RuntimeError(f"The graphs in {folder} score differently from the model, by up to {difference:.2g}.")
+    return float((ExportedModel(folder)(**inputs) - expected).abs().max())
 
 
 class ExportedModel:

@@ -71,16 +71,12 @@ class GRM(Aligner):
     def __init__(self, config):
         super().__init__(config)
         self.level_weights = tuple(config.level_weights)
-        self.weights = {
-            "reconstruction": config.reconstruction_weight,
-            "kl": config.kl_weight,
-            "entropy": config.entropy_weight,
-            "budget": config.budget_weight,
-        }
+        names = ("reconstruction", "kl", "entropy", "budget")
+        self.weights = {name: getattr(config, f"{name}_weight") for name in names}
         self.patch_budget = config.patch_budget
-        dim, temperature = config.projection_dim, config.saliency_temperature
-        self.patch_adapter = SaliencyAdapter(dim, temperature) if config.use_patch_adapter else None
-        self.word_adapter = SaliencyAdapter(dim, temperature) if config.use_word_adapter else None
+        dim, tau = config.projection_dim, config.saliency_temperature
+        self.patch_adapter = SaliencyAdapter(dim, tau) if config.use_patch_adapter else None
+        self.word_adapter = SaliencyAdapter(dim, tau) if config.use_word_adapter else None
         num_regions = config.num_regions if config.use_region_prompts else None
         self.regions = RegionMixture(dim, num_regions, config.region_logit_scale, config.use_region_uncertainty)
 
@@ -106,9 +102,8 @@ class GRM(Aligner):
     def contributions(self, image, text) -> list[Part]:
         original, key, uncertain = self.level_weights
         products = text.word_embeds @ image.patch_embeds.T
-        salient_words = text.word_embeds * text.word_saliency[:, None]
         key_products = products * text.word_saliency[:, None] * image.patch_saliency
-        region_products = salient_words @ image.region_embeds.T
+        region_products = (text.word_embeds * text.word_saliency[:, None]) @ image.region_embeds.T
         return [
             *token_parts(products, "original", original),
             *token_parts(key_products, "key", key),

@@ -19,7 +19,8 @@ def exported(request, tmp_path_factory):
     format, aligner = request.param
     folder, fields = tmp_path_factory.mktemp("graphs"), {"use_special_tokens": False, "special_token_ids": [0, 2, 3]}
     model = tiny_model(aligner=aligner, logit_scale=2.0, **(fields if aligner == "grm" else {}))
-    files = export(model, tiny_processor(), folder, format)
+    files, difference = export(model, tiny_processor(), folder, format)
+    assert 0 <= difference < 1e-4
     assert [file.name for file in files] == [p + {"onnx": ".onnx"}.get(format, ".pt2") for p in ("vision", "text", "scorer")]
     return model, folder
 
@@ -60,8 +61,9 @@ def test_int8_is_smaller_and_close(tmp_path):
     """The encoders' matrices are a part of these small files only."""
     model, sizes = tiny_model(), {}
     for name, is_int8 in (("whole", False), ("int8", True)):
-        files = export(model, tiny_processor(), tmp_path / name, is_int8=is_int8)
-        sizes[name] = [file.stat().st_size for file in files]
+        exported = export(model, tiny_processor(), tmp_path / name, is_int8=is_int8)
+        assert (exported.difference > 1e-6) == is_int8
+        sizes[name] = [file.stat().st_size for file in exported.files]
         assert {file.suffix for file in (tmp_path / name).iterdir()} == {".onnx", ".json", ".py"}
     assert all(small < 0.9 * large for small, large in zip(sizes["int8"][:2], sizes["whole"][:2]))
     inputs = tiny_inputs(4, 4, 6)

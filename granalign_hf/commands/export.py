@@ -21,6 +21,8 @@ def run(arguments: argparse.Namespace) -> None:
     from granalign_hf.export import export
 
     arguments.device = "cpu"
-    files = export(*load(arguments), arguments.out, arguments.format, arguments.int8)
-    told = [{"file": str(file), "megabytes": round(file.stat().st_size / 1e6, 1)} for file in files]
-    show(arguments, told, [f"{one['file']}  {one['megabytes']} MB" for one in told])
+    exported = export(*load(arguments), arguments.out, arguments.format, arguments.int8)
+    told = [{"file": str(file), "megabytes": round(file.stat().st_size / 1e6, 1)} for file in exported.files]
+    lines = [f"{one['file']}  {one['megabytes']} MB" for one in told]
+    lines.append(f"scores differ from the model's by {exported.difference:.1e} at most")
+    show(arguments, {"files": told, "difference": exported.difference}, lines)
