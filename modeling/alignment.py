@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from .maps import Box, on_grid, patch_box, visible_area, word_maps
+from .maps import Box, on_grid, patch_box, sharpen, visible_area, word_maps
 from .processing_granalign import read_image
 from .words import Word, check_caption, merge_pieces, words_within
 
@@ -74,6 +74,16 @@ class Alignment:
                 f"{self.caption[start:end]!r}. Words that truncation cut off have no map."
             )
         return torch.stack([word.map for word in words]).mean(0)
+
+    def phrase_point(self, start: int, end: int) -> tuple[float, float]:
+        """Where a phrase is, (x, y) in pixels of the original picture: the centre of the highest patch of its sharpened map.
+
+        See [`sharpen`]. Arguments and errors as of [`~Alignment.phrase_map`].
+        """
+        phrase_map = sharpen(self.phrase_map(start, end), self.caption_map)
+        row, column = divmod(int(phrase_map.argmax()), phrase_map.shape[1])
+        left, top, right, bottom = patch_box(row, column, tuple(phrase_map.shape), self.area, self.image.size)
+        return (left + right) / 2, (top + bottom) / 2
 
     @property
     def caption_map(self) -> Tensor:

@@ -8,7 +8,7 @@ from skateboards import make_model, make_processor
 from transformers import CLIPImageProcessorPil, ConvNextImageProcessorPil, DeiTImageProcessorPil, ViTImageProcessorPil
 
 from granalign_hf import GranAlignOutput
-from granalign_hf.modeling.maps import patch_box, picture_map, visible_area, word_maps
+from granalign_hf.modeling.maps import patch_box, picture_map, sharpen, visible_area, word_maps
 from granalign_hf.modeling.similarity import level_similarities
 
 
@@ -179,3 +179,29 @@ def test_what_the_map_does_not_cover_has_no_value(area):
             inside = 0 <= x - left < 6 and 0 <= y - top < 4
             value = found[y, x].item()
             assert value == pytest.approx(whole[y - top, x - left].item(), abs=1e-6) if inside else np.isnan(value)
+
+
+def test_a_sharpened_map_is_a_blurred_difference():
+    """Against loops over all pairs of patches; the picture is wide, and the blur a tenth of either side."""
+    generator = torch.Generator().manual_seed(0)
+    words, caption = torch.randn(2, 3, 8, generator=generator).double()
+    own = words - caption / 2
+    expected = torch.zeros(3, 8, dtype=torch.float64)
+    for row, column, y, x in np.ndindex(3, 8, 3, 8):
+        weights = [
+            np.exp(-((there - here) ** 2) / (2 * (size / 10) ** 2))
+            / sum(np.exp(-(step**2) / (2 * (size / 10) ** 2)) for step in range(-50, 51))
+            for here, there, size in ((row, y, 3), (column, x, 8))
+        ]
+        expected[row, column] += weights[0] * weights[1] * (own[y, x] - own.min())
+    torch.testing.assert_close(sharpen(words, caption), expected.float())
+
+
+def test_sharpening_leaves_a_lone_patch_where_it_is_and_a_flat_map_flat():
+    caption = torch.zeros(7, 7)
+    for place in ((0, 0), (3, 2), (6, 6)):
+        words = torch.zeros(7, 7)
+        words[place] = 1
+        assert divmod(int(sharpen(words, caption).argmax()), 7) == place
+        assert not sharpen(words, 2 * words).any()  # what the whole caption finds, twice as strong
+    assert not sharpen(torch.full((2, 3), 0.4), torch.full((2, 3), 0.1)).any()

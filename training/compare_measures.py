@@ -3,8 +3,8 @@
     python training/compare_measures.py training/recipes/compare-flickr8k-frozen.yaml [--phrase_boxes NAME] [--jobs 2]
 
 Reads the checkpoints that compare.py has trained, as far as they are there, and calls evaluate.py and calibrate.py for each;
-started again, it goes on where it stopped. Writes grounding.md, foils.md, uncertainty.md and measures.json beside the
-results of the comparison.
+started again, it goes on where it stopped. What was measured stays beside the results of the comparison, in `runs`, where it
+needs no checkpoint any more; grounding.md, foils.md, uncertainty.md and measures.json have it all.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import argparse
 import datetime
 import json
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from granalign_hf.calibration import WAYS
 from granalign_hf.card_sections import mean_and_spread
-from granalign_hf.training.compare import Comparison, data_words, markdown_table, run_folder
+from granalign_hf.training.compare import Comparison, data_words, markdown_table, record_folder, run_folder
 from granalign_hf.training.jobs import Step, finish
 from granalign_hf.training.pointing import BASELINES
 from granalign_hf.training.runtime import available_cores, hardware, portable
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description="Grounding, foils and uncertainty of the runs of a comparison.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--phrase_boxes", help="As in evaluate.py.")
+    parser.add_argument("--measures", nargs="+", choices=[*MEASURES], default=[*MEASURES], help="Default: all of them.")
     parser.add_argument("--jobs", type=int, default=1, help="Evaluations at a time; each has its share of the cores.")
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
@@ -47,27 +49,39 @@ def main(argv: list[str] | None = None) -> dict:
         (seed, name)
         for seed in sorted(comparison.seeds)
         for name in comparison.runs
-        if (run_folder(comparison, name, seed) / "complete").is_file()
+        if is_trained(comparison, name, seed) or any(file.is_file() for file in records(comparison, name, seed).values())
     ]
     if not runs:
         parser.error(
             f"{comparison.output_dir} holds no finished run; run python training/compare.py {arguments.recipe} first"
         )
-    work = [(run, missing_steps(comparison, run[1], run[0], arguments.phrase_boxes)) for run in runs]
+    measures = [measure for measure in measures_of(comparison) if measure in arguments.measures]
+    work = [(run, missing_steps(comparison, run[1], run[0], measures, arguments.phrase_boxes)) for run in runs]
     command = portable(shlex.join(["python", "training/compare_measures.py", *argv]))
     finished: list[tuple[int, str]] = []
     for seed, name in finish(work, arguments.jobs):
         print(f"--- {name}, seed {seed}: done", flush=True)
         finished.append((seed, name))
         result = write_results(comparison, finished, command)
-    for measure in measures_of(comparison):
-        print((Path(comparison.results_dir) / f"{measure}.md").read_text())
+    for table in tables(result["runs"]).values():
+        print(table)
     return result
 
 
 def measures_of(comparison: Comparison) -> list[str]:
     """On the validation split no uncertainty, which is fitted there."""
     return [measure for measure in MEASURES if measure != "uncertainty" or comparison.split != "validation"]
+
+
+def is_trained(comparison: Comparison, name: str, seed: int) -> bool:
+    """Whether the checkpoint is there."""
+    return (run_folder(comparison, name, seed) / "complete").is_file()
+
+
+def records(comparison: Comparison, name: str, seed: int) -> dict[str, Path]:
+    """Measure -> where its file stays, whether it is there or not."""
+    folder = record_folder(comparison, name, seed)
+    return {measure: folder / f"{measure}-{comparison.split}.json" for measure in measures_of(comparison)}
 
 
 def write_results(comparison: Comparison, finished: list[tuple[int, str]], command: str) -> dict:
@@ -83,12 +97,14 @@ def write_results(comparison: Comparison, finished: list[tuple[int, str]], comma
     folder = Path(comparison.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "measures.json").write_text(json.dumps(result, indent=1) + "\n")
-    for measure in measures_of(comparison):
-        (folder / f"{measure}.md").write_text(TABLES[measure](result["runs"]))
+    for measure, table in tables(result["runs"]).items():
+        (folder / f"{measure}.md").write_text(table)
     return result
 
 
-def missing_steps(comparison: Comparison, name: str, seed: int, phrase_boxes: str | None) -> Iterator[Step]:
+def missing_steps(
+    comparison: Comparison, name: str, seed: int, measures: list[str], phrase_boxes: str | None
+) -> Iterator[Step]:
     """The measurements of a run that are not there yet.
 
     Raises:
@@ -96,61 +112,65 @@ def missing_steps(comparison: Comparison, name: str, seed: int, phrase_boxes: st
     """
     folder, data = run_folder(comparison, name, seed), data_words(comparison, name, seed)
     boxes = [] if phrase_boxes is None else ["--phrase_boxes", phrase_boxes]
-    for measure in measures_of(comparison):
-        if not (folder / f"{measure}-{comparison.split}.json").is_file():
+    for measure in measures:
+        record = records(comparison, name, seed)[measure]
+        if record.is_file() or not is_trained(comparison, name, seed):
+            continue
+        if not (folder / record.name).is_file():
             if measure == "uncertainty":
                 yield Step("calibrate", [str(folder), *data], folder)
             else:
                 yield Step("evaluate", [str(folder), *data, "--task", measure, *boxes], folder)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / record.name, record)
 
 
 def _measured(comparison: Comparison, name: str, runs: list[tuple[int, str]]) -> dict[str, Any]:
     seeds = [seed for seed, of in runs if of == name]
     measured: dict[str, Any] = {"seeds": seeds}
     for measure in measures_of(comparison):
-        paths = [run_folder(comparison, name, seed) / f"{measure}-{comparison.split}.json" for seed in seeds]
-        files = [path for path in paths if path.is_file()]
+        files = [file for seed in seeds if (file := records(comparison, name, seed)[measure]).is_file()]
         measured |= {figure: [json.loads(file.read_text())[figure] for file in files] for figure in MEASURES[measure]}
     return measured
 
 
 def grounding_table(runs: dict[str, dict]) -> str:
-    """Markdown: pointing accuracy in percent of all phrases and of each type, the baselines in the last rows; AUROCs."""
-    groups = list(next(iter(runs.values()))["pointing"][0])
-    lines = [
-        [
-            "run",
-            "seeds",
-            *groups,
-            "without corners",
-            "at a corner",
-            *(f"AUROC of {name}".replace("_", " ") for name in AREAS),
-        ]
-    ]
+    """Markdown: pointing accuracy in percent of all phrases and of each type, of the highest patch of a map and of a
+    sharpened map; AUROCs. The baselines stand in the last rows.
+    """
+    known = next(iter(runs.values()))["pointing"][0]
+    others = ["without corners", "at a corner", *(f"AUROC of {name}".replace("_", " ") for name in AREAS)]
+    lines = [["run", "seeds", *known, *others]]
     for name, run in runs.items():
-        pointing = [mean_and_spread([of_seed[group]["accuracy"] for of_seed in run["pointing"]]) for group in groups]
-        middle = mean_and_spread([of_seed["all"]["without_corners"] for of_seed in run["pointing"]])
-        lines.append([name, str(len(run["seeds"])), *pointing, middle, mean_and_spread(run["corner_share"])])
+        lines.append([name, str(len(run["pointing"])), *_accuracies(run, "accuracy", known)])
+        lines[-1] += [*_accuracies(run, "without_corners", ["all"]), mean_and_spread(run["corner_share"])]
         for area in AREAS:
             means = [of_seed[area]["mean"] for of_seed in run["auroc"] if area in of_seed]
             lines[-1].append(_mean(means, 2))
-    known = next(iter(runs.values()))["pointing"][0]
+    sharpened = [["sharpened", "seeds", *known]]
+    for name, run in runs.items():
+        if "sharpened" in run["pointing"][0]["all"]:
+            sharpened.append([name, str(len(run["pointing"])), *_accuracies(run, "sharpened", known)])
     for baseline in BASELINES:
-        figures = [f"{known[group][baseline]:.1f}" for group in groups]
-        lines.append([baseline.replace("_", " "), "-", *figures, *["-"] * (2 + len(AREAS))])
-    return markdown_table(lines)
+        row = [baseline.replace("_", " "), "-", *(f"{of_type[baseline]:.1f}" for of_type in known.values())]
+        lines.append([*row, *["-"] * len(others)])
+        sharpened.append(row)
+    return "\n".join(map(markdown_table, (lines, sharpened)))
+
+
+def _accuracies(run: dict, way: str, groups: Iterable[str]) -> list[str]:
+    return [mean_and_spread([of_seed[group][way] for of_seed in run["pointing"]]) for group in groups]
 
 
 def foils_table(runs: dict[str, dict]) -> str:
     """Markdown: how often the true caption scores higher, and how often the edited word has the lowest share, in percent."""
-    kinds, chance = list(next(iter(runs.values()))["foils"][0]), next(iter(runs.values()))["foils"][0]
-    tables = []
+    tables, kinds = [], next(iter(runs.values()))["foils"][0]
     for figure, title in (("preferred", "true caption higher"), ("found", "edited word lowest")):
         lines = [[title, "seeds", *kinds]]
         for name, run in runs.items():
             figures = [mean_and_spread([of_seed[kind][figure] for of_seed in run["foils"]]) for kind in kinds]
-            lines.append([name, str(len(run["seeds"])), *figures])
-        of_chance = [f"{chance[kind]['chance']:.1f}" if figure == "found" else "50.0" for kind in kinds]
+            lines.append([name, str(len(run["foils"])), *figures])
+        of_chance = [f"{of_kind['chance']:.1f}" if figure == "found" else "50.0" for of_kind in kinds.values()]
         tables.append(markdown_table([*lines, ["by chance", "-", *of_chance]]))
     return "\n".join(tables)
 
@@ -163,9 +183,7 @@ def uncertainty_table(runs: dict[str, dict]) -> str:
         lines = [[way.replace("_", " "), *head, *(f"AUROC of {name}".replace("_", " ") for name in DOUBTS)]]
         for name, run in runs.items():
             figures = run[way]
-            if not figures:
-                continue
-            lines.append([name, str(len(run["seeds"])), mean_and_spread([of["r1"] for of in figures])])
+            lines.append([name, str(len(figures)), mean_and_spread([of["r1"] for of in figures])])
             lines[-1] += [_mean([of["softmax"][error] for of in figures], 3) for error in ("ece_before", "ece")]
             lines[-1] += [_mean([of["answer_sets"][figure] for of in figures], 1) for figure in ("coverage", "mean_size")]
             told = [of["is_the_first_wrong"] for of in figures]
@@ -178,7 +196,11 @@ def _mean(values: list[float], digits: int) -> str:
     return f"{sum(values) / len(values):.{digits}f}" if values else "-"
 
 
-TABLES = {"grounding": grounding_table, "foils": foils_table, "uncertainty": uncertainty_table}
+def tables(runs: dict[str, dict]) -> dict[str, str]:
+    """Measure -> Markdown, of the runs that have it."""
+    write = {"grounding": grounding_table, "foils": foils_table, "uncertainty": uncertainty_table}
+    measured = {measure: {n: r for n, r in runs.items() if r.get(MEASURES[measure][0])} for measure in MEASURES}
+    return {measure: write[measure](of_measure) for measure, of_measure in measured.items() if of_measure}
 
 
 if __name__ == "__main__":

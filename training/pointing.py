@@ -11,10 +11,10 @@ import torch
 
 from granalign_hf.calibration import auroc
 from granalign_hf.grounding import patch_centers, pointing_game, points_in_boxes, summarize_hits
-from granalign_hf.modeling.maps import on_grid, visible_area, word_maps
+from granalign_hf.modeling.maps import on_grid, sharpen, visible_area, word_maps
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
-from granalign_hf.modeling.words import words_of, words_within
+from granalign_hf.modeling.words import Word, words_of, words_within
 from granalign_hf.training.by_image import Encoded, measure_by_image
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.phrases import LocatedCaption
@@ -48,8 +48,9 @@ def measure_grounding(
 
     Returns:
         `pointing`: type of entity ("all" first) -> `accuracy`, `low`, `high`, `num_phrases`, and the accuracy of
-        `without_corners` (the four corner patches, which pretrained transformers use as registers, may not be the highest),
-        of `random_patch`, of `image_center` and of `largest_box`, the centre of the largest box of any phrase of the image.
+        `sharpened` maps (see `sharpen`), of `without_corners` (the four corner patches, which pretrained transformers use
+        as registers, may not be the highest), of `random_patch`, of `image_center` and of `largest_box`, the centre of the
+        largest box of any phrase of the image.
         `corner_share`: of the phrases that point at a corner patch. `num_cut`: phrases that truncation has cut off and
         that are left out. And areas under the ROC curve, each with its `low`, `high`, and how many it is the mean of:
         `patch_saliency` for "inside a box" among the patches of an image; `word_saliency` and, as its baseline,
@@ -74,15 +75,18 @@ def _image(model, tokenizer, seen: Encoded, captions: list[LocatedCaption], area
     image, text, index = seen.image, seen.text, seen.image_row
     left, top, right, bottom = area
     size = (bottom - top, right - left)
-    maps, boxes, types, num_cut, of_captions = [], [], [], 0, []
+    maps, sharp, boxes, types, num_cut, of_captions = [], [], [], [], 0, []
     for row, caption in zip(seen.rows, captions, strict=True):
         words = words_of(caption.caption, tokenizer)
         token_maps = word_maps((image, text), index, row, level_weights=model.aligner.level_weights).cpu()
         located = [words_within(words, phrase.start, phrase.end) for phrase in caption.phrases]
         num_cut += located.count([])
+        caption_map = _mean_map(token_maps, words_within(words, 0, len(caption.caption))) if any(located) else None
         for phrase, own in zip(caption.phrases, located, strict=True):
             if own:
-                maps.append(torch.stack([token_maps[list(word.tokens)].mean(0) for word in own]).mean(0).numpy())
+                phrase_map = _mean_map(token_maps, own)
+                maps.append(phrase_map.numpy())
+                sharp.append(sharpen(phrase_map, caption_map).numpy())
                 boxes.append(np.array(phrase.boxes) - [left, top, left, top])
                 types.append(phrase.types)
         is_inside = [any(max(p.start, w.start) < min(p.end, w.end) for p in caption.phrases) for w in words]
@@ -94,12 +98,19 @@ def _image(model, tokenizer, seen: Encoded, captions: list[LocatedCaption], area
         of_captions.append((saliency, auroc([-float(word.is_content) for word in words], is_outside)))
     every_box = np.concatenate(boxes) if boxes else np.zeros((0, 4))
     return _Image(
-        seen.number, _hits(maps, boxes, every_box, size), types, num_cut,
+        seen.number, _hits(maps, sharp, boxes, every_box, size), types, num_cut,
         _patch_saliency(image, index, every_box, size), of_captions,
     )  # fmt: skip
 
 
-def _hits(maps: list[np.ndarray], boxes: list[np.ndarray], every_box: np.ndarray, size) -> dict[str, np.ndarray]:
+def _mean_map(token_maps: torch.Tensor, words: list[Word]) -> torch.Tensor:
+    """(rows, columns): the mean over words of the mean over their tokens."""
+    return torch.stack([token_maps[list(word.tokens)].mean(0) for word in words]).mean(0)
+
+
+def _hits(
+    maps: list[np.ndarray], sharp: list[np.ndarray], boxes: list[np.ndarray], every_box: np.ndarray, size
+) -> dict[str, np.ndarray]:
     game = pointing_game(maps, boxes, size)
     middle = [m.copy() for m in maps]
     for m in middle:
@@ -109,6 +120,7 @@ def _hits(maps: list[np.ndarray], boxes: list[np.ndarray], every_box: np.ndarray
     centre = every_box[areas.argmax()].reshape(2, 2).mean(axis=0) if len(every_box) else np.zeros(2)
     return {
         "accuracy": game.hit,
+        "sharpened": pointing_game(sharp, boxes, size).hit,
         "without_corners": pointing_game(middle, boxes, size).hit,
         "random_patch": game.random_patch,
         "image_center": game.image_center,
@@ -162,7 +174,7 @@ def _mean_area(pairs: list[tuple[int, float | None]]) -> dict[str, float] | None
 
 def grounding_table(result: dict[str, Any]) -> str:
     """The figures as lines of text."""
-    columns = ("accuracy", "without_corners", *BASELINES)
+    columns = ("accuracy", "sharpened", "without_corners", *BASELINES)
     lines = [f"{'phrases':<14}{'number':>8}" + "".join(f"{name.replace('_', ' '):>17}" for name in columns) + "   95 %"]
     for group, row in result["pointing"].items():
         figures = "".join(f"{row[name]:>17.1f}" for name in columns)
