@@ -81,8 +81,9 @@ class Alignment:
         See [`sharpen`]. Arguments and errors as of [`~Alignment.phrase_map`].
         """
         phrase_map = sharpen(self.phrase_map(start, end), self.caption_map)
-        row, column = divmod(int(phrase_map.argmax()), phrase_map.shape[1])
-        left, top, right, bottom = patch_box(row, column, tuple(phrase_map.shape), self.area, self.image.size)
+        rows, columns = phrase_map.shape
+        row, column = divmod(int(phrase_map.argmax()), columns)
+        left, top, right, bottom = patch_box(row, column, (rows, columns), self.area, self.image.size)
         return (left + right) / 2, (top + bottom) / 2
 
     @property
