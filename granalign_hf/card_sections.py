@@ -109,9 +109,10 @@ def _uncertainty(result: dict[str, Any]) -> str:
         row("coverage of answer sets (%)", "answer_sets", "coverage", digits=1),
         row("candidates in an answer set, mean", "answer_sets", "mean_size", digits=1),
     ]
-    for name in ways[0]["is_the_first_wrong"]:
+    for name in dict.fromkeys(name for way in ways for name in way["is_the_first_wrong"]):
         title = f"AUROC of {name.replace('_', ' ')} for a wrong first answer"
-        rows.append(row(title, "is_the_first_wrong", name, "auroc"))
+        told = [way["is_the_first_wrong"].get(name) for way in ways]  # without a wrong answer there is none
+        rows.append([title, *("-" if of_way is None else f"{finite(of_way['auroc'], title):.3f}" for of_way in told)])
     return markdown_table(head, rows)
 
 

@@ -93,8 +93,8 @@ def export(model: Any, processor: Any, folder: str | os.PathLike, format: str = 
         The three files, and the largest difference between their scores and the model's, for random pixels and words.
 
     Raises:
-        ValueError: another `format`, int8 of another format than ONNX, a model in training mode or of features of regions, a
-            folder with graphs of the other format.
+        ValueError: another `format`, int8 of another format than ONNX, a model in training mode, in another dtype or of
+            features of regions, a folder with graphs of the other format.
         ImportError: a package for ONNX is missing.
         RuntimeError: the scores differ from those of the model by more than 1e-4.
     """
@@ -104,6 +104,8 @@ def export(model: Any, processor: Any, folder: str | os.PathLike, format: str = 
         raise ValueError(f'`is_int8` needs `format="onnx"`, got {format!r}.')
     if model.training:
         raise ValueError("`model` is in training mode, where scores are drawn at random. Call `model.eval()` first.")
+    if model.dtype != torch.float32:
+        raise ValueError(f"`model` must be in float32, got {model.dtype}. Call `model.float()` first.")
     if (
         not getattr(processor.image_processor, "reads_pictures", True)
         or model.config.text_config.model_type == "gru_encoder"
@@ -126,7 +128,7 @@ def export(model: Any, processor: Any, folder: str | os.PathLike, format: str = 
         for file in files[:2]:
             _quantize(file)
     difference = _difference(model, _examples(model, processor, num_images=3, num_captions=4, num_words=9), folder)
-    if not is_int8 and not difference <= TOLERANCE * model.config.logit_scale:
+    if not is_int8 and not difference <= TOLERANCE:
         raise RuntimeError(f"The graphs in {folder} score differently from the model, by up to {difference:.2g}.")
     return Exported(files, difference)
 
@@ -206,7 +208,7 @@ def _quantize(file: Path) -> None:
 def _difference(model: Any, inputs: dict[str, Tensor], folder: Path) -> float:
     with torch.no_grad():
         expected = model(**inputs).logits_per_image
-    return float((ExportedModel(folder)(**inputs) - expected).abs().max())
+    return float((ExportedModel(folder)(**inputs) - expected).abs().max()) / model.config.logit_scale
 
 
 class ExportedModel:

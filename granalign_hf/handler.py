@@ -54,8 +54,10 @@ class EndpointHandler:
         Raises:
             ValueError: something is missing, too large, or no picture.
         """
-        inputs = data.get("inputs")
-        request = {**(inputs if isinstance(inputs, dict) else {"image": inputs}), **(data.get("parameters") or {})}
+        inputs, parameters = data.get("inputs"), data.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise ValueError(f"`parameters` must be a dict, got {type(parameters).__name__}.")
+        request = {**(inputs if isinstance(inputs, dict) else {"image": inputs}), **parameters}
         text, labels = request.get("text"), request.get("candidate_labels")
         if unknown := {*request} - {"image", "text", "candidate_labels"}:
             raise ValueError(f"Unknown: {', '.join(sorted(unknown))}. Known are `image`, `text` and `candidate_labels`.")

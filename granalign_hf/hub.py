@@ -185,7 +185,7 @@ def publish(
         done = _with_retries(commit)
     with TemporaryDirectory() as fresh:
         with _clear_errors(repo_id, api.endpoint, f"{done.commit_url} was published, but not compared."):
-            api.snapshot_download(repo_id, revision=done.oid, local_dir=fresh, allow_patterns=names)
+            _with_retries(lambda: api.snapshot_download(repo_id, revision=done.oid, local_dir=fresh, allow_patterns=names))
         is_same = filecmp.cmpfiles(folder, fresh, names, shallow=False)[0] == names
         try:
             scores = _scores(Path(fresh), ["-c", WITHOUT_PACKAGE]) if is_same else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,7 @@ class GranAlignIndex:
             raise ValueError('`max_patches` keeps the most salient patches of images, which only the aligner "grm" knows.')
         settings = {
             "version": 1,
+            "id": uuid.uuid4().hex,
             "contents": contents,
             "engine": "server" if is_url(str(path_or_url)) else engine,
             "tokens": tokens,
@@ -132,7 +134,7 @@ class GranAlignIndex:
             mode: "r" reads, in any number of processes; "a" adds and changes, in one.
 
         Raises:
-            ValueError: there is no index, or it was built with another model or preprocessing.
+            ValueError: there is no index, it was built with another model or preprocessing, or its tokens are elsewhere.
             BlockingIOError: another process writes there (mode "a").
         """
         _check_model(model)
@@ -148,7 +150,8 @@ class GranAlignIndex:
         return cls(model, processor, storage)
 
     def publish(self) -> None:
-        """Readers that open the index from now on see what was written so far."""
+        """Readers that open the index from now on see what was written so far; for a writer."""
+        self._check_writer()
         self.engine.publish()
 
     def close(self) -> None:
@@ -187,19 +190,19 @@ class GranAlignIndex:
             is_quiet: no progress bar.
 
         Raises:
-            ValueError: `ids` or `payloads` have another length, or `ids` are missing, or the index is open for reading only.
+            ValueError: lengths differ, `ids` are missing, `batch_size` is below 1, or the index is open for reading only.
         """
         self._check_writer()
         ids = _ids_of(items) if ids is None else list(ids)
         payloads = [{}] * len(ids) if payloads is None else payloads
-        _check_lengths(items, ids, payloads)
+        _check_batches(items, ids, payloads, batch_size)
         added = Added()
         seen: set[str] = set()
         with tqdm(total=len(ids), desc=self.settings["contents"], disable=is_quiet) as progress:
             for start in range(0, len(ids), batch_size):
                 numbers = range(start, min(start + batch_size, len(ids)))
                 known = {item.id for item in self.engine.get([ids[n] for n in numbers if _is_id(ids[n])])} - seen
-                new = [(ids[n], payloads[n], n) for n in numbers if ids[n] not in known]
+                new = [(ids[n], payloads[n], n) for n in numbers if not (_is_id(ids[n]) and ids[n] in known)]
                 added.num_skipped += len(numbers) - len(new)
                 self._write(added, seen, new, items)
                 progress.update(len(numbers))
@@ -213,7 +216,7 @@ class GranAlignIndex:
         `refused` names those that are not in, too.
         """
         self._check_writer()
-        _check_lengths(items, ids, ids if payloads is None else payloads)
+        _check_batches(items, ids, ids if payloads is None else payloads, batch_size)
         old = self.get(ids)
         added = Added()
         seen: set[str] = set()
@@ -369,11 +372,12 @@ def _ids_of(things: Sequence) -> list[str]:
     return [str(thing) for thing in things]
 
 
-def _check_lengths(items: Sequence, ids: Sequence, payloads: Sequence) -> None:
+def _check_batches(items: Sequence, ids: Sequence, payloads: Sequence, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if not len(items) == len(ids) == len(payloads):
-        raise ValueError(
-            f"`items`, `ids` and `payloads` must have the same length, got {len(items)}, {len(ids)} and {len(payloads)}."
-        )
+        lengths = f"{len(items)}, {len(ids)} and {len(payloads)}"
+        raise ValueError(f"`items`, `ids` and `payloads` must have the same length, got {lengths}.")
 
 
 def _is_id(id: Any) -> bool:

@@ -52,13 +52,15 @@ def create_storage(
         options: of `QdrantClient.create_collection`.
 
     Raises:
-        ValueError: there is an index already, or something else, or `options` without a server.
+        ValueError: there is an index already, or something else, or `options` without a server; the token folder has the
+            tokens of another index.
         BlockingIOError: another process writes there.
         ImportError: the engine is not installed.
     """
     path = str(path_or_url)
     if is_url(path):
         _check_token_folder(path, settings, token_folder)  # before there is a collection
+        _claim_token_folder(settings, token_folder)
         server = _engine_module("server")
         client, collection = server.connect(path)
         server.create_collection(client, collection, settings["dim"], settings["num_vectors"], settings, **options)
@@ -72,7 +74,12 @@ def create_storage(
         raise ValueError(f"{path} has other things in it. Choose a new folder for the index.")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    storage = _open_folder(folder, settings, token_folder, lock)
+    try:
+        _claim_token_folder(settings, token_folder or folder / "tokens")
+        storage = _open_folder(folder, settings, token_folder, lock)
+    except BaseException:
+        lock.release()
+        raise
     unfinished = folder / "index.json.unfinished"
     unfinished.write_text(json.dumps(settings, indent=2) + "\n")
     unfinished.replace(folder / "index.json")
@@ -85,7 +92,7 @@ def open_storage(path_or_url: str | Path, mode: str, token_folder: Path | None) 
         mode: "r" reads, any number of processes may; "a" adds and changes, one process may.
 
     Raises:
-        ValueError: another `mode`, or there is no index.
+        ValueError: another `mode`, there is no index, or its tokens are elsewhere.
         BlockingIOError: another process writes there.
         ImportError: the engine is not installed.
     """
@@ -99,7 +106,12 @@ def open_storage(path_or_url: str | Path, mode: str, token_folder: Path | None) 
         return _with_tokens(path, settings, engine, token_folder, mode == "a")
     folder = Path(path)
     if mode == "a":
-        return _open_folder(folder, settings, token_folder, _lock(folder))
+        lock = _lock(folder)
+        try:
+            return _open_folder(folder, settings, token_folder, lock)
+        except BaseException:
+            lock.release()
+            raise
     _publish_what_was_left(folder, settings)
     return _open_folder(folder, settings, token_folder, None)
 
@@ -146,8 +158,10 @@ def _lock(folder: Path) -> FileLock:
 
 
 def _open_folder(folder: Path, settings: dict[str, Any], token_folder: Path | None, lock: FileLock | None) -> Storage:
+    shards = None
+    if settings["tokens"]:
+        shards = _own_shards(str(folder), settings, token_folder or folder / "tokens", lock is not None)
     engine = _folder_engine(folder / "engine", settings, lock is not None)
-    shards = TokenShards(token_folder or folder / "tokens", lock is not None) if settings["tokens"] else None
     return Storage(str(folder), settings, engine, shards, lock, lock is not None)
 
 
@@ -173,14 +187,35 @@ def _with_tokens(path: str, settings: dict[str, Any], engine: Engine, token_fold
     _check_token_folder(path, settings, token_folder)
     if token_folder is None or not settings["tokens"]:
         return Storage(path, settings, engine, None, None, is_writer)
-    token_folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(token_folder) if is_writer else None
-    return Storage(path, settings, engine, TokenShards(token_folder, is_writer), lock, is_writer)
+    lock = _lock(token_folder) if is_writer and token_folder.is_dir() else None
+    try:
+        return Storage(path, settings, engine, _own_shards(path, settings, token_folder, is_writer), lock, is_writer)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
 
 
 def _check_token_folder(path: str, settings: dict[str, Any], token_folder: Path | None) -> None:
     if settings["tokens"] and token_folder is None:
         raise ValueError(f"The tokens of {path} are in a folder: name it as `token_folder`.")
+
+
+def _claim_token_folder(settings: dict[str, Any], folder: Path | None) -> None:
+    """Makes a folder that of the tokens of a new index."""
+    if folder is None or not settings["tokens"]:
+        return
+    if any(folder.glob("*.bin")):
+        raise ValueError(f"{folder} has the tokens of another index. Name a new folder as `token_folder`.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.id").write_text(settings["id"])
+
+
+def _own_shards(path: str, settings: dict[str, Any], folder: Path, is_writer: bool) -> TokenShards:
+    owner = folder / "index.id"
+    if not owner.is_file() or owner.read_text() != settings.get("id"):
+        raise ValueError(f"The tokens of {path} are not in {folder}. Name the folder that they are in as `token_folder`.")
+    return TokenShards(folder, is_writer)
 
 
 def _engine_module(name: str) -> Any:

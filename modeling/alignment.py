@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from .maps import Box, on_grid, patch_box, sharpen, visible_area, word_maps
+from .maps import Box, location_density, on_grid, patch_box, visible_area, word_maps
 from .processing_granalign import read_image
 from .words import Word, check_caption, merge_pieces, words_within
 
@@ -76,13 +76,14 @@ class Alignment:
         return torch.stack([word.map for word in words]).mean(0)
 
     def phrase_point(self, start: int, end: int) -> tuple[float, float]:
-        """Where a phrase is, (x, y) in pixels of the original picture: the centre of the highest patch of its sharpened map.
+        """Where a phrase is, (x, y) in pixels of the original picture: the centre of the patch with the highest density.
 
-        See [`sharpen`]. Arguments and errors as of [`~Alignment.phrase_map`].
+        See [`location_density`]. Of a patch that the picture does not fill, the centre of what it does. Arguments and
+        errors as of [`~Alignment.phrase_map`].
         """
-        phrase_map = sharpen(self.phrase_map(start, end), self.caption_map)
-        rows, columns = phrase_map.shape
-        row, column = divmod(int(phrase_map.argmax()), columns)
+        density = location_density(self.phrase_map(start, end), self.caption_map)
+        rows, columns = density.shape
+        row, column = divmod(int(density.argmax()), columns)
         left, top, right, bottom = patch_box(row, column, (rows, columns), self.area, self.image.size)
         return (left + right) / 2, (top + bottom) / 2
 

@@ -136,7 +136,7 @@ class ImageTextRetrievalPipeline(_GranAlignPipeline):
             calibrated): whether it is among the answers that hold the right one for 90 % of the queries.
 
         Raises:
-            ValueError: not exactly one of `image` and `text`, no candidates, or one that cannot be read.
+            ValueError: not exactly one of `image` and `text`, no candidates or one that cannot be read, or `top_k` below 1.
         """
         if inputs is None:
             query = {"image": image} if text is None else {"text": text} if image is None else {"image": image, "text": text}
@@ -144,12 +144,19 @@ class ImageTextRetrievalPipeline(_GranAlignPipeline):
         size = batch_size or self._batch_size or BATCH_SIZE
         return super().__call__(inputs, batch_size=1, candidates_at_a_time=size, **kwargs)
 
-    def _sanitize_parameters(
-        self, candidates_at_a_time: int = BATCH_SIZE, top_k: int | None = None, timeout: float | None = None
-    ):
-        return {}, {"size": candidates_at_a_time, "timeout": timeout}, {"top_k": top_k}
+    def _sanitize_parameters(self, candidates_at_a_time=None, timeout=None, top_k=None):
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
+        forward = {"size": candidates_at_a_time, "timeout": timeout}
+        return (
+            {},
+            {name: value for name, value in forward.items() if value is not None},
+            {} if top_k is None else {"top_k": top_k},
+        )
 
     def preprocess(self, inputs: dict) -> dict:
+        if not isinstance(inputs, dict):
+            raise ValueError(f"A query must be a dict with `image` or `text` and `candidates`, got {inputs!r:.80}.")
         given = [side for side in ("image", "text") if inputs.get(side) is not None]
         if len(given) != 1:
             raise ValueError(f"Pass either `image` or `text` as the query, got {given or 'neither'}.")
@@ -158,7 +165,7 @@ class ImageTextRetrievalPipeline(_GranAlignPipeline):
             raise ValueError(f"`candidates` must be a list that is not empty, got {candidates!r:.80}.")
         return {"side": given[0], "query": inputs[given[0]], "candidates": candidates}
 
-    def _forward(self, inputs: dict, size: int, timeout: float | None) -> dict:
+    def _forward(self, inputs: dict, size: int = BATCH_SIZE, timeout: float | None = None) -> dict:
         side, candidates = inputs["side"], inputs["candidates"]
         other = {"image": "text", "text": "image"}[side]
         query = self._encode(side, [inputs["query"]], timeout)

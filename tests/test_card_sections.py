@@ -50,6 +50,15 @@ def test_every_figure_is_measured_and_every_measure_is_told(folder):
     assert {*re.findall(r"-?\d+\.\d+", told)} <= carried
 
 
+@pytest.mark.parametrize("perfect", ["image_to_text", "text_to_image"])
+def test_a_way_without_a_wrong_answer_has_no_area(folder, tmp_path, perfect):
+    result = json.loads((folder / "uncertainty-test.json").read_text())
+    result[perfect]["is_the_first_wrong"] = {}
+    (tmp_path / "uncertainty-test.json").write_text(json.dumps(result))
+    (row,) = re.findall(r"\| AUROC of margin for .*", measured_sections(tmp_path))
+    assert (row.endswith(" | - |"), " | - | 0." in row) == ((False, True) if perfect == "image_to_text" else (True, False))
+
+
 def test_the_card_has_them_after_its_results(folder):
     card = write_model_card(folder).read_text()
     titles = re.findall(r"^## (.*)$", card, flags=re.M)

@@ -1,6 +1,7 @@
 """The command line as a shell runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,9 +101,11 @@ def test_index_and_search(run, folder, parts, tmp_path, monkeypatch, capsys):
     for name, number in (("a.png", 0), ("more/b.png", 1)):
         (pictures / name).write_bytes((folder / f"{number}.png").read_bytes())
     (pictures / "broken.jpg").write_bytes(b"no picture")
+    (pictures / os.fsdecode(b"\xff.png")).write_bytes((folder / "0.png").read_bytes())  # a name that is no UTF-8
+    (pictures / "holiday.png").mkdir()
     (pictures / "notes.txt").write_text("no picture either")
     answer = json.loads(run("index", str(pictures), "--out", index, "--json"))
-    assert (answer["num_added"], answer["num_skipped"], list(answer["refused"])) == (2, 0, ["broken.jpg"])
+    assert (answer["num_added"], answer["num_skipped"], list(answer["refused"])) == (2, 0, ["broken.jpg", "\udcff.png"])
     shown = run("index", str(pictures), "--out", index).splitlines()
     assert shown[0] == f"0 added, 2 were in already, 2 in {index}" and shown[1].startswith("refused: broken.jpg: ")
     model, processor = parts

@@ -65,7 +65,8 @@ def test_what_is_trained_is_measured_once(recipe, calls, tmp_path):
     shutil.rmtree(tmp_path / "runs")  # the measures need no checkpoint any more
     assert compare_measures.main([str(recipe)]) == result and len(calls) == 9
     assert json.loads((tmp_path / "results" / "measures.json").read_text()) == result
-    assert {name: run["seeds"] for name, run in result["runs"].items()} == {"grm": [0, 1], "chan": [1]}
+    seeds = {name: run["seeds"]["foils"] for name, run in result["runs"].items()}
+    assert seeds == {"grm": [0, 1], "chan": [1]} and all(run["dates"]["foils"] for run in result["runs"].values())
 
 
 def test_what_was_not_measured_is_left_out(recipe, calls, tmp_path):
@@ -74,7 +75,7 @@ def test_what_was_not_measured_is_left_out(recipe, calls, tmp_path):
     assert {task for _, task in calls} == {"uncertainty"} and not (tmp_path / "results" / "grounding.md").exists()
     shutil.rmtree(tmp_path / "runs" / "grm-seed0")
     runs = compare_measures.main([str(recipe)])["runs"]
-    assert runs["grm"]["seeds"] == [0, 1]
+    assert runs["grm"]["seeds"] == {"grounding": [1], "foils": [1], "uncertainty": [0, 1]}
     assert [len(runs["grm"][figure]) for figure in ("pointing", "foils", "text_to_image")] == [1, 1, 2]
     assert "\n| grm | 1 | " in (tmp_path / "results" / "grounding.md").read_text()
     assert "\n| grm | 2 | " in (tmp_path / "results" / "uncertainty.md").read_text()
@@ -84,13 +85,13 @@ def test_the_tables(recipe, calls, tmp_path):
     compare_measures.main([str(recipe)])
     files = [json.loads((tmp_path / "runs" / f"grm-seed{seed}" / "grounding-test.json").read_text()) for seed in (0, 1)]
     accuracy = [file["pointing"]["all"]["accuracy"] for file in files]
-    table, sharpened = (tmp_path / "results" / "grounding.md").read_text().split("\n\n")
+    table, densest = (tmp_path / "results" / "grounding.md").read_text().split("\n\n")
     lines = table.splitlines()
     assert lines[2].startswith(f"| grm | 2 | {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} | ")
     assert lines[3].startswith("| chan | 1 | ") and " | - | - | 0." in lines[3]
     assert lines[5].startswith(f"| image center | - | {files[0]['pointing']['all']['image_center']:.1f} | ")
     of_chan = json.loads((tmp_path / "runs" / "chan-seed1" / "grounding-test.json").read_text())["pointing"]["all"]
-    assert sharpened.splitlines()[3].startswith(f"| chan | 1 | {of_chan['sharpened']:.1f} |")
+    assert densest.splitlines()[3].startswith(f"| chan | 1 | {of_chan['densest']:.1f} |")
     foils = json.loads((tmp_path / "runs" / "chan-seed1" / "foils-test.json").read_text())["foils"]
     preferred, found = (tmp_path / "results" / "foils.md").read_text().split("\n\n")
     assert preferred.splitlines()[3].startswith(f"| chan | 1 | {foils['all']['preferred']:.1f} | ")
@@ -117,7 +118,7 @@ def test_an_interrupt_keeps_what_is_measured(recipe, calls, monkeypatch, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         compare_measures.main([str(recipe)])
     runs = json.loads((tmp_path / "results" / "measures.json").read_text())["runs"]
-    assert {name: run["seeds"] for name, run in runs.items()} == {"grm": [0]}
+    assert {name: run["seeds"]["uncertainty"] for name, run in runs.items()} == {"grm": [0]}
 
 
 def test_without_a_run_there_is_nothing_to_compare(recipe, capsys, tmp_path):

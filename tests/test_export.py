@@ -57,6 +57,16 @@ def test_the_folder_has_a_processor_of_its_own(exported):
     assert own(text=captions)["input_ids"] == tiny_processor()(text=captions)["input_ids"]
 
 
+def test_the_difference_is_that_of_scores_whatever_the_scale_of_the_logits(tmp_path):
+    found = [
+        export(tiny_model(logit_scale=scale), tiny_processor(), tmp_path / str(scale), is_int8=True).difference
+        for scale in (1.0, 50.0)
+    ]
+    assert found[1] == pytest.approx(found[0], rel=0.01)
+    with pytest.raises(ValueError, match=r"must be in float32, got torch\.bfloat16"):
+        export(tiny_model().bfloat16(), tiny_processor(), tmp_path / "other")
+
+
 def test_int8_is_smaller_and_close(tmp_path):
     """The encoders' matrices are a part of these small files only."""
     model, sizes = tiny_model(), {}

@@ -171,6 +171,7 @@ def test_what_is_wrong_is_told_with_a_code(endpoint, picture):
             {"inputs": "https://a.org/b.png", "parameters": {"text": "a"}}
         ): "not base64. .* URLs and paths are not read",
         json.dumps({"inputs": "/etc/hostname", "parameters": {"text": "a"}}): "is not base64|is no picture",
+        json.dumps({"inputs": image, "parameters": ["a dog"]}): "`parameters` must be a dict, got list",
         json.dumps({"inputs": None, "parameters": {"text": "a"}}): "in base64, got NoneType",
     }.items():
         status, answer = post(endpoint, request.encode())

@@ -8,7 +8,7 @@ from skateboards import make_model, make_processor
 from transformers import CLIPImageProcessorPil, ConvNextImageProcessorPil, DeiTImageProcessorPil, ViTImageProcessorPil
 
 from granalign_hf import GranAlignOutput
-from granalign_hf.modeling.maps import patch_box, picture_map, sharpen, visible_area, word_maps
+from granalign_hf.modeling.maps import location_density, patch_box, picture_map, visible_area, word_maps
 from granalign_hf.modeling.similarity import level_similarities
 
 
@@ -181,27 +181,34 @@ def test_what_the_map_does_not_cover_has_no_value(area):
             assert value == pytest.approx(whole[y - top, x - left].item(), abs=1e-6) if inside else np.isnan(value)
 
 
-def test_a_sharpened_map_is_a_blurred_difference():
-    """Against loops over all pairs of patches; the picture is wide, and the blur a tenth of either side."""
+def test_a_density_by_hand():
+    """Against loops over all pairs of patches; the picture is wide, and the blur a share of either side."""
     generator = torch.Generator().manual_seed(0)
     words, caption = torch.randn(2, 3, 8, generator=generator).double()
-    own = words - caption / 2
-    expected = torch.zeros(3, 8, dtype=torch.float64)
+    own = (words - caption / 2).numpy()
+    share = np.exp((own - own.mean()) / own.std() / 2)
+    share /= share.sum()
+    expected = np.zeros((3, 8))
     for row, column, y, x in np.ndindex(3, 8, 3, 8):
         weights = [
-            np.exp(-((there - here) ** 2) / (2 * (size / 10) ** 2))
-            / sum(np.exp(-(step**2) / (2 * (size / 10) ** 2)) for step in range(-50, 51))
+            np.exp(-((there - here) ** 2) / (2 * (0.14 * size) ** 2))
+            / sum(np.exp(-(step**2) / (2 * (0.14 * size) ** 2)) for step in range(-50, 51))
             for here, there, size in ((row, y, 3), (column, x, 8))
         ]
-        expected[row, column] += weights[0] * weights[1] * (own[y, x] - own.min())
-    torch.testing.assert_close(sharpen(words, caption), expected.float())
+        expected[row, column] += weights[0] * weights[1] * share[y, x]
+    torch.testing.assert_close(location_density(words, caption), torch.from_numpy(expected).float(), atol=1e-6, rtol=1e-4)
 
 
-def test_sharpening_leaves_a_lone_patch_where_it_is_and_a_flat_map_flat():
-    caption = torch.zeros(7, 7)
-    for place in ((0, 0), (3, 2), (6, 6)):
-        words = torch.zeros(7, 7)
-        words[place] = 1
-        assert divmod(int(sharpen(words, caption).argmax()), 7) == place
-        assert not sharpen(words, 2 * words).any()  # what the whole caption finds, twice as strong
-    assert not sharpen(torch.full((2, 3), 0.4), torch.full((2, 3), 0.1)).any()
+def test_neighbours_that_agree_are_denser_than_a_lone_patch():
+    words, caption = torch.zeros(7, 7), torch.zeros(7, 7)
+    words[1, 5], words[4:6, 1:3] = 1.0, 0.9
+    assert divmod(int(words.argmax()), 7) == (1, 5)
+    assert 4 <= int(location_density(words, caption).argmax()) // 7 <= 5
+    torch.testing.assert_close(location_density(3 * words + 1, caption), location_density(words, caption))
+
+
+def test_what_says_nothing_is_densest_in_the_middle():
+    """Also the word that has half of what the whole caption has everywhere."""
+    caption = torch.rand(7, 7, generator=torch.Generator().manual_seed(0))
+    for words in (caption / 2, caption / 2 + 0.3):
+        assert int(location_density(words, caption).argmax()) == 3 * 7 + 3

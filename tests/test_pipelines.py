@@ -96,6 +96,12 @@ def test_several_queries(retriever):
     assert retriever(queries) == [retriever(**query) for query in queries]
 
 
+def test_what_is_given_once_holds_for_every_call(parts):
+    retriever = pipeline("image-text-retrieval", **parts, top_k=2)
+    query = {"text": CAPTIONS[0], "candidates": IMAGES}
+    assert len(retriever(**query)) == 2 and len(retriever(**query, top_k=1)) == 1 and len(retriever(**query)) == 2
+
+
 def test_a_calibrated_model_names_the_answer_set(parts):
     model = tiny_model(logit_scale=20.0, confidence_coefficients=[0.0, 1.0, 0.0, 1.0], conformal_thresholds=[0.02, 0.0])
     retriever = pipeline("image-text-retrieval", model=model, processor=parts["processor"])
@@ -129,6 +135,10 @@ def test_bad_inputs(aligner, retriever):
         retriever(image=IMAGES[0], text="dogs", candidates=CAPTIONS)
     with pytest.raises(ValueError, match=r"`candidates` must be a list that is not empty, got \[\]"):
         retriever(image=IMAGES[0], candidates=[])
+    with pytest.raises(ValueError, match=r"A query must be a dict with `image` or `text` and `candidates`, got 'a\.png'"):
+        retriever("a.png", candidates=CAPTIONS)
+    with pytest.raises(ValueError, match="`top_k` must be at least 1, got -1"):
+        retriever(image=IMAGES[0], candidates=CAPTIONS, top_k=-1)
     with pytest.raises(ValueError, match="`candidates` must be a list that is not empty, got 'a dog'"):
         retriever(image=IMAGES[0], candidates="a dog")
 

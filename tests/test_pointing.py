@@ -32,7 +32,7 @@ def measured(aligner: str = "grm", batch_size: int = 3) -> dict:
 def test_a_phrase_points_where_its_map_is_highest(aligner):
     """Against `align`, picture by picture, with boxes by hand."""
     model, processor = tiny(aligner)
-    scenes, hits, sharpened, corners = load_split("scenes", "test", num_scenes=5), [], [], []
+    scenes, hits, densest, corners = load_split("scenes", "test", num_scenes=5), [], [], []
     for caption in located_captions(scenes, None, "test"):
         alignment = align(model, processor, scenes.image(caption.image), caption.caption)
         for phrase in caption.phrases:
@@ -40,12 +40,12 @@ def test_a_phrase_points_where_its_map_is_highest(aligner):
             row, column = divmod(int(values.argmax()), values.shape[1])
             centre = patch_centers(tuple(values.shape), alignment.image.size[::-1])[row, column]
             hits.append(float(points_in_boxes(centre, phrase.boxes)))
-            sharpened.append(float(points_in_boxes(alignment.phrase_point(phrase.start, phrase.end), phrase.boxes)))
+            densest.append(float(points_in_boxes(alignment.phrase_point(phrase.start, phrase.end), phrase.boxes)))
             corners.append(row in (0, len(values) - 1) and column in (0, values.shape[1] - 1))
     found = measured(aligner)
     assert found["pointing"]["all"]["num_phrases"] == len(hits) and found["num_cut"] == 0
     assert found["pointing"]["all"]["accuracy"] == pytest.approx(100 * np.mean(hits))
-    assert found["pointing"]["all"]["sharpened"] == pytest.approx(100 * np.mean(sharpened)) and sharpened != hits
+    assert found["pointing"]["all"]["densest"] == pytest.approx(100 * np.mean(densest)) and densest != hits
     assert found["corner_share"] == pytest.approx(100 * np.mean(corners)) and any(corners)
     assert ("patch_saliency" in found["auroc"]) == (aligner == "grm")
 

@@ -283,8 +283,12 @@ def test_wrong_lengths_ids_and_captions_are_refused(tmp_path):
     with GranAlignIndex.create(tmp_path / "i", tiny_model(), tiny_processor(), contents="captions", engine="torch") as index:
         with pytest.raises(ValueError, match="must have the same length, got 2, 1 and 1"):
             index.add(["a dog", "a cat"], ["x"])
-        added = index.add(["a dog", " ", "a cat", "a cat"], [1, "x", "", "y"], [{}, {}, {}, []], is_quiet=True)
-        assert added.num_added == 0 and list(added.refused) == ["1", "x", "", "y"]
+        for batch_size in (0, -1):
+            with pytest.raises(ValueError, match=f"`batch_size` must be at least 1, got {batch_size}"):
+                index.add(["a dog"], batch_size=batch_size)
+        ids = [1, "x", "", "y", ["z"]]
+        added = index.add(["a dog", " ", "a cat", "a cat", "a dog"], ids, [{}, {}, {}, [], {}], is_quiet=True)
+        assert added.num_added == 0 and list(added.refused) == ["1", "x", "", "y", "['z']"]
 
 
 def test_update_replaces_and_delete_forgets(tmp_path):
@@ -360,6 +364,8 @@ def test_one_writer_and_many_readers(tmp_path):
         with pytest.raises(BlockingIOError, match="open for writing elsewhere"):
             GranAlignIndex.open(tmp_path / "i", model, processor, mode="a")
         with GranAlignIndex.open(tmp_path / "i", model, processor) as early:
+            with pytest.raises(ValueError, match="is open for reading"):
+                early.publish()
             writer.publish()
             with GranAlignIndex.open(tmp_path / "i", model, processor) as late:
                 assert (len(early), len(late)) == (0, 12)
@@ -367,6 +373,23 @@ def test_one_writer_and_many_readers(tmp_path):
                 assert len(late.search(text="a dog", top_k=20, exact=True)) == 12
     with GranAlignIndex.open(tmp_path / "i", model, processor, mode="a") as index:
         assert len(index) == 11
+
+
+def test_tokens_elsewhere_are_those_of_one_index(tmp_path):
+    """Found where they are named, and never taken from another place: rows there would be scores of other pictures."""
+    parts, (own, other, index) = (tiny_model(), tiny_processor()), (tmp_path / name for name in ("own", "other", "i"))
+    filled(index, *parts, token_folder=own).close()
+    filled(tmp_path / "j", *parts, token_folder=other).close()
+    for place in (None, other, tmp_path / "nowhere"):
+        for mode in ("r", "a"):
+            with pytest.raises(ValueError, match="Name the folder that they are in as `token_folder`"):
+                GranAlignIndex.open(index, *parts, mode, token_folder=place)
+    assert not (tmp_path / "nowhere").exists() and not (index / "tokens").exists()
+    with pytest.raises(ValueError, match="has the tokens of another index"):
+        GranAlignIndex.create(tmp_path / "k", *parts, token_folder=own)
+    with GranAlignIndex.open(index, *parts, "a", token_folder=own) as opened:
+        opened.add(pictures(1, seed=1), ["one more"], is_quiet=True)
+        assert len(opened) == 13 and opened.verify() == []
 
 
 def test_places_and_arguments_that_do_not_fit_are_refused(tmp_path):

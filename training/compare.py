@@ -57,7 +57,7 @@ class Comparison:
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(content, dict) or {*content, "published"} != {*names}:
             raise ValueError(
-                f"{path} must have exactly the fields {names} (`published` may be absent), got {sorted(content)}."
+                f"{path} must have exactly the fields {names} (`published` may be absent), got {sorted(content or ())}."
             )
         comparison = cls(**content)
         missing = [name for name in comparison.baselines if name not in comparison.runs]
@@ -127,7 +127,8 @@ def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step
         yield Step("evaluate", [str(folder), *data_words(comparison, name, seed)], folder)
     record.mkdir(parents=True, exist_ok=True)
     for file in ("settings.json", "metrics.json", ranks):  # the ranks last: they say that the record is complete
-        shutil.copy(folder / file, record)
+        shutil.copy(folder / file, record / f"{file}.tmp")
+        (record / f"{file}.tmp").replace(record / file)
 
 
 def data_words(comparison: Comparison, name: str, seed: int) -> list[str]:

@@ -10,11 +10,7 @@ needs no checkpoint any more; grounding.md, foils.md, uncertainty.md and measure
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
-import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,8 @@ from granalign_hf.card_sections import mean_and_spread
 from granalign_hf.training.compare import Comparison, data_words, markdown_table, record_folder, run_folder
 from granalign_hf.training.jobs import Step, finish
 from granalign_hf.training.pointing import BASELINES
-from granalign_hf.training.runtime import available_cores, hardware, portable
+from granalign_hf.training.runtime import available_cores
+from granalign_hf.training.states import write_whole
 
 # What is measured -> its figures.
 MEASURES = {"grounding": ("pointing", "corner_share", "auroc"), "foils": ("foils",), "uncertainty": WAYS}
@@ -38,7 +35,6 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--phrase_boxes", help="As in evaluate.py.")
     parser.add_argument("--measures", nargs="+", choices=[*MEASURES], default=[*MEASURES], help="Default: all of them.")
     parser.add_argument("--jobs", type=int, default=1, help="Evaluations at a time; each has its share of the cores.")
-    argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
     if not arguments.recipe.is_file():
         parser.error(f"the recipe {arguments.recipe} does not exist")
@@ -57,12 +53,11 @@ def main(argv: list[str] | None = None) -> dict:
         )
     measures = [measure for measure in measures_of(comparison) if measure in arguments.measures]
     work = [(run, missing_steps(comparison, run[1], run[0], measures, arguments.phrase_boxes)) for run in runs]
-    command = portable(shlex.join(["python", "training/compare_measures.py", *argv]))
     finished: list[tuple[int, str]] = []
     for seed, name in finish(work, arguments.jobs):
         print(f"--- {name}, seed {seed}: done", flush=True)
         finished.append((seed, name))
-        result = write_results(comparison, finished, command)
+        result = write_results(comparison, finished)
     for table in tables(result["runs"]).values():
         print(table)
     return result
@@ -84,13 +79,10 @@ def records(comparison: Comparison, name: str, seed: int) -> dict[str, Path]:
     return {measure: folder / f"{measure}-{comparison.split}.json" for measure in measures_of(comparison)}
 
 
-def write_results(comparison: Comparison, finished: list[tuple[int, str]], command: str) -> dict:
+def write_results(comparison: Comparison, finished: list[tuple[int, str]]) -> dict:
     """measures.json and the tables of the runs (seed, name), as far as they are measured."""
     names = {name for _, name in finished}
     result = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
         "split": comparison.split,
         "runs": {name: _measured(comparison, name, finished) for name in comparison.runs if name in names},
     }
@@ -122,21 +114,23 @@ def missing_steps(
             else:
                 yield Step("evaluate", [str(folder), *data, "--task", measure, *boxes], folder)
         record.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / record.name, record)
+        write_whole(record, (folder / record.name).read_text())
 
 
 def _measured(comparison: Comparison, name: str, runs: list[tuple[int, str]]) -> dict[str, Any]:
-    seeds = [seed for seed, of in runs if of == name]
-    measured: dict[str, Any] = {"seeds": seeds}
+    """Of each measure the seeds and the dates, and each of its figures, in the order of the seeds."""
+    measured: dict[str, Any] = {"seeds": {}, "dates": {}}
     for measure in measures_of(comparison):
-        files = [file for seed in seeds if (file := records(comparison, name, seed)[measure]).is_file()]
-        measured |= {figure: [json.loads(file.read_text())[figure] for file in files] for figure in MEASURES[measure]}
+        paths = {seed: records(comparison, name, seed)[measure] for seed, of in runs if of == name}
+        files = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.is_file()}
+        measured["seeds"][measure], measured["dates"][measure] = [*files], [file["date"] for file in files.values()]
+        measured |= {figure: [file[figure] for file in files.values()] for figure in MEASURES[measure]}
     return measured
 
 
 def grounding_table(runs: dict[str, dict]) -> str:
     """Markdown: pointing accuracy in percent of all phrases and of each type, of the highest patch of a map and of a
-    sharpened map; AUROCs. The baselines stand in the last rows.
+    density (see `location_density`); AUROCs. The baselines stand in the last rows.
     """
     known = next(iter(runs.values()))["pointing"][0]
     others = ["without corners", "at a corner", *(f"AUROC of {name}".replace("_", " ") for name in AREAS)]
@@ -147,15 +141,16 @@ def grounding_table(runs: dict[str, dict]) -> str:
         for area in AREAS:
             means = [of_seed[area]["mean"] for of_seed in run["auroc"] if area in of_seed]
             lines[-1].append(_mean(means, 2))
-    sharpened = [["sharpened", "seeds", *known]]
+    densest = [["densest place", "seeds", *known]]
     for name, run in runs.items():
-        if "sharpened" in run["pointing"][0]["all"]:
-            sharpened.append([name, str(len(run["pointing"])), *_accuracies(run, "sharpened", known)])
+        if all("densest" in of_seed["all"] for of_seed in run["pointing"]):
+            densest.append([name, str(len(run["pointing"])), *_accuracies(run, "densest", known)])
+    measured = len(densest)
     for baseline in BASELINES:
         row = [baseline.replace("_", " "), "-", *(f"{of_type[baseline]:.1f}" for of_type in known.values())]
         lines.append([*row, *["-"] * len(others)])
-        sharpened.append(row)
-    return "\n".join(map(markdown_table, (lines, sharpened)))
+        densest.append(row)
+    return "\n".join(map(markdown_table, (lines, densest) if measured > 1 else (lines,)))
 
 
 def _accuracies(run: dict, way: str, groups: Iterable[str]) -> list[str]:

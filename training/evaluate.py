@@ -33,6 +33,7 @@ from granalign_hf.training.pointing import grounding_table, measure_grounding
 from granalign_hf.training.protocols import PROTOCOLS, gallery_ranks, mean_metrics, save_ranks
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import scored_split
+from granalign_hf.training.states import write_whole
 
 logger = get_logger(__name__)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict:
         **figures,
     }
     if accelerator.is_main_process:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        write_whole(output, json.dumps(result, indent=2) + "\n")
         if located is None:
             # So that another checkpoint can be compared with this one by `paired_bootstrap` without evaluating it again.
             save_ranks(output.with_name(f"ranks-{output.stem.removeprefix('metrics-')}.npz"), galleries)

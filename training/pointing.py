@@ -11,7 +11,7 @@ import torch
 
 from granalign_hf.calibration import auroc
 from granalign_hf.grounding import patch_centers, pointing_game, points_in_boxes, summarize_hits
-from granalign_hf.modeling.maps import on_grid, sharpen, visible_area, word_maps
+from granalign_hf.modeling.maps import location_density, on_grid, visible_area, word_maps
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.modeling.words import Word, words_of, words_within
@@ -47,14 +47,14 @@ def measure_grounding(
     captions or images in percent, with its interval over images.
 
     Returns:
-        `pointing`: type of entity ("all" first) -> `accuracy`, `low`, `high`, `num_phrases`, and the accuracy of
-        `sharpened` maps (see `sharpen`), of `without_corners` (the four corner patches, which pretrained transformers use
-        as registers, may not be the highest), of `random_patch`, of `image_center` and of `largest_box`, the centre of the
-        largest box of any phrase of the image.
-        `corner_share`: of the phrases that point at a corner patch. `num_cut`: phrases that truncation has cut off and
-        that are left out. And areas under the ROC curve, each with its `low`, `high`, and how many it is the mean of:
-        `patch_saliency` for "inside a box" among the patches of an image; `word_saliency` and, as its baseline,
-        `content_words` for "inside a located phrase" among the words of a caption. Only some models have saliencies.
+        `pointing`: type of entity ("all" first) -> `accuracy`, `low`, `high`, `num_phrases`, and the accuracy of the
+        `densest` place (see `location_density`), of `without_corners` (the four corner patches, which pretrained
+        transformers use as registers, may not be the highest), of `random_patch`, of `image_center` and of `largest_box`,
+        the centre of the largest box of any phrase of the image. `corner_share`: of the phrases that point at a corner
+        patch. `num_cut`: phrases that truncation has cut off and that are left out. And areas under the ROC curve, each
+        with its `low`, `high`, and how many it is the mean of: `patch_saliency` for "inside a box" among the patches of an
+        image; `word_saliency` and, as its baseline, `content_words` for "inside a located phrase" among the words of a
+        caption. Only some models have saliencies.
 
     Raises:
         ValueError: the model takes features of regions, which lie on no grid.
@@ -75,7 +75,7 @@ def _image(model, tokenizer, seen: Encoded, captions: list[LocatedCaption], area
     image, text, index = seen.image, seen.text, seen.image_row
     left, top, right, bottom = area
     size = (bottom - top, right - left)
-    maps, sharp, boxes, types, num_cut, of_captions = [], [], [], [], 0, []
+    maps, densities, boxes, types, num_cut, of_captions = [], [], [], [], 0, []
     for row, caption in zip(seen.rows, captions, strict=True):
         words = words_of(caption.caption, tokenizer)
         token_maps = word_maps((image, text), index, row, level_weights=model.aligner.level_weights).cpu()
@@ -86,7 +86,7 @@ def _image(model, tokenizer, seen: Encoded, captions: list[LocatedCaption], area
             if own:
                 phrase_map = _mean_map(token_maps, own)
                 maps.append(phrase_map.numpy())
-                sharp.append(sharpen(phrase_map, caption_map).numpy())
+                densities.append(location_density(phrase_map, caption_map).numpy())
                 boxes.append(np.array(phrase.boxes) - [left, top, left, top])
                 types.append(phrase.types)
         is_inside = [any(max(p.start, w.start) < min(p.end, w.end) for p in caption.phrases) for w in words]
@@ -98,7 +98,7 @@ def _image(model, tokenizer, seen: Encoded, captions: list[LocatedCaption], area
         of_captions.append((saliency, auroc([-float(word.is_content) for word in words], is_outside)))
     every_box = np.concatenate(boxes) if boxes else np.zeros((0, 4))
     return _Image(
-        seen.number, _hits(maps, sharp, boxes, every_box, size), types, num_cut,
+        seen.number, _hits(maps, densities, boxes, every_box, size), types, num_cut,
         _patch_saliency(image, index, every_box, size), of_captions,
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def _mean_map(token_maps: torch.Tensor, words: list[Word]) -> torch.Tensor:
 
 
 def _hits(
-    maps: list[np.ndarray], sharp: list[np.ndarray], boxes: list[np.ndarray], every_box: np.ndarray, size
+    maps: list[np.ndarray], densities: list[np.ndarray], boxes: list[np.ndarray], every_box: np.ndarray, size
 ) -> dict[str, np.ndarray]:
     game = pointing_game(maps, boxes, size)
     middle = [m.copy() for m in maps]
@@ -120,7 +120,7 @@ def _hits(
     centre = every_box[areas.argmax()].reshape(2, 2).mean(axis=0) if len(every_box) else np.zeros(2)
     return {
         "accuracy": game.hit,
-        "sharpened": pointing_game(sharp, boxes, size).hit,
+        "densest": pointing_game(densities, boxes, size).hit,
         "without_corners": pointing_game(middle, boxes, size).hit,
         "random_patch": game.random_patch,
         "image_center": game.image_center,
@@ -174,7 +174,7 @@ def _mean_area(pairs: list[tuple[int, float | None]]) -> dict[str, float] | None
 
 def grounding_table(result: dict[str, Any]) -> str:
     """The figures as lines of text."""
-    columns = ("accuracy", "sharpened", "without_corners", *BASELINES)
+    columns = ("accuracy", "densest", "without_corners", *BASELINES)
     lines = [f"{'phrases':<14}{'number':>8}" + "".join(f"{name.replace('_', ' '):>17}" for name in columns) + "   95 %"]
     for group, row in result["pointing"].items():
         figures = "".join(f"{row[name]:>17.1f}" for name in columns)

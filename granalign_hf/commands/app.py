@@ -19,6 +19,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="CHECKPOINT", help="a folder, or a name on the Hub")
     parser.add_argument("--index", help="pictures to search: a folder that `granalign index` has made, or a server")
+    parser.add_argument("--token-folder", metavar="FOLDER", help="of its tokens, if they are not in the folder of the index")
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda (default: cpu)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
@@ -34,5 +35,6 @@ def run(arguments: argparse.Namespace) -> None:
     from granalign_hf.retrieval import GranAlignIndex
 
     parts = load(arguments)
-    index = GranAlignIndex.open(arguments.index, *parts) if arguments.index else None
+    place = {"token_folder": arguments.token_folder}
+    index = GranAlignIndex.open(arguments.index, *parts, **place) if arguments.index else None
     launch(build(*parts, index), server_name=arguments.host, server_port=arguments.port)

@@ -47,8 +47,9 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def show(arguments: argparse.Namespace, answer: Any, lines: list[str]) -> None:
-    """The lines for people, or the answer as one line of JSON."""
-    print(json.dumps(answer, ensure_ascii=False) if arguments.json else "\n".join(lines))
+    """The lines for people, or the answer as one line of JSON; what is no UTF-8 in the name of a file, as escapes."""
+    told = json.dumps(answer, ensure_ascii=False) if arguments.json else "\n".join(lines)
+    print(told.encode(errors="backslashreplace").decode())
 
 
 def columns(rows: list[tuple]) -> list[str]:

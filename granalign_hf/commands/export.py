@@ -21,7 +21,8 @@ def run(arguments: argparse.Namespace) -> None:
     from granalign_hf.export import export
 
     arguments.device = "cpu"
-    exported = export(*load(arguments), arguments.out, arguments.format, arguments.int8)
+    model, processor = load(arguments)
+    exported = export(model.float(), processor, arguments.out, arguments.format, arguments.int8)
     told = [{"file": str(file), "megabytes": round(file.stat().st_size / 1e6, 1)} for file in exported.files]
     lines = [f"{one['file']}  {one['megabytes']} MB" for one in told]
     lines.append(f"scores differ from the model's by {exported.difference:.1e} at most")

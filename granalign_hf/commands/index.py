@@ -36,7 +36,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder, formats = Path(arguments.folder), Image.registered_extensions()
     endings = {ending for ending, name in formats.items() if name in Image.OPEN}
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in endings)
+    names = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file()
+    )
     if not names:
         raise ValueError(f"There are no pictures in {folder}: no file there has the ending of one, such as .jpg.")
     model, processor = load(arguments)

@@ -18,6 +18,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--top", type=int, default=10, metavar="N", help="how many (default: 10)")
     parser.add_argument("--candidates", type=int, default=100, metavar="N", help="that get an exact score (default: 100)")
     parser.add_argument("--exact", action="store_true", help="all pictures get one")
+    parser.add_argument("--token-folder", metavar="FOLDER", help="of the tokens, if they are not in the folder of the index")
     parser.add_argument("--show", action="store_true", help="open the pictures that were found")
     add_model(parser, default="the one that the index was built with")
 
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from granalign_hf.storage import checkpoint_of
 
     arguments.model = arguments.model or checkpoint_of(arguments.index)
-    with GranAlignIndex.open(arguments.index, *load(arguments)) as index:
+    with GranAlignIndex.open(arguments.index, *load(arguments), token_folder=arguments.token_folder) as index:
         found = index.search(
             text=arguments.sentence, top_k=arguments.top, candidates=arguments.candidates, exact=arguments.exact
         )
