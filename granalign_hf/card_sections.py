@@ -71,9 +71,13 @@ def _percent(row: dict[str, Any], name: str, bounds: tuple[str, str] | None = No
 
 
 def _grounding(result: dict[str, Any]) -> str:
-    head = ["phrases", "number", "in the box", *(name.replace("_", " ") for name in BASELINES)]
+    others = [name for name in ("densest", *BASELINES) if all(name in row for row in result["pointing"].values())]
+    head = ["phrases", "number", "in the box", *(name.replace("_", " ") for name in others)]
     rows = [
-        [group, row["num_phrases"], _percent(row, "accuracy", ("low", "high")), *(_percent(row, name) for name in BASELINES)]
+        [
+            *(group, row["num_phrases"], _percent(row, "accuracy", ("low", "high"))),
+            *(_percent(row, name) for name in others),
+        ]
         for group, row in result["pointing"].items()
     ]
     told = [markdown_table(head, rows), f"{_percent(result, 'corner_share')} % of the phrases point at a corner patch."]

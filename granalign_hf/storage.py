@@ -120,11 +120,13 @@ def checkpoint_of(path_or_url: str | Path) -> str:
     """Where the model was that an index was built with.
 
     Raises:
-        ValueError: there is no index, or its model had never been saved.
+        ValueError: there is no index, or its model had never been saved or is where it was no more.
     """
     checkpoint = read_settings(str(path_or_url))["checkpoint"]
     if checkpoint is None:
         raise ValueError(f"{path_or_url} was built with a model that was not saved then. Name its checkpoint.")
+    if Path(checkpoint).is_absolute() and not Path(checkpoint).is_dir():
+        raise ValueError(f"{path_or_url} was built with {checkpoint}, which is no more. Name where its checkpoint is now.")
     return checkpoint
 
 
@@ -135,7 +137,10 @@ def read_settings(path: str) -> dict[str, Any]:
         settings = server.collection_settings(*server.connect(path)) or {}
     else:
         file = Path(path) / "index.json"
-        settings = json.loads(file.read_text()) if file.is_file() else {}
+        try:
+            settings = json.loads(file.read_text()) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{file} is broken ({error}). Build the index anew.") from error
     if "fingerprint" not in settings:
         raise ValueError(f"There is no index in {path}. Make one with `GranAlignIndex.create` or `granalign index`.")
     return settings

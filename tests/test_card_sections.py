@@ -37,7 +37,7 @@ def test_every_figure_is_measured_and_every_measure_is_told(folder):
         json.loads((folder / f"{kind}-test.json").read_text()) for kind in ("grounding", "foils", "uncertainty")
     )
     row = grounding["pointing"]["all"]
-    baselines = " | ".join(f"{row[name]:.1f}" for name in ("random_patch", "image_center", "largest_box"))
+    baselines = " | ".join(f"{row[name]:.1f}" for name in ("densest", "random_patch", "image_center", "largest_box"))
     pointed = f"{row['accuracy']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
     assert f"| all | {row['num_phrases']} | {pointed} | {baselines} |" in told
     assert f"AUROC of content words: {grounding['auroc']['content_words']['mean']:.3f}." in told

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_explain(run, folder, parts, tmp_path):
     assert [word["word"] for word in answer["words"]] == ["[CLS]", *SENTENCES[1].split(), "[SEP]"]
     assert [word["is_special"] for word in answer["words"]] == [True, *[False] * 6, True]
     for word in answer["words"]:
+        assert all((place["box"] is None) == (place["kind"] != "patch") for place in word["places"])
         assert len(word["places"]) == 3 and {place["kind"] for place in word["places"]} <= {"patch", "region"}
     words = ["explain", str(image), SENTENCES[1], "--against", SENTENCES[0], "--out", str(out)]
     answer = json.loads(run(*words, "--json"))
@@ -150,12 +152,41 @@ def test_what_is_wrong_is_one_line(run, folder):
         ("align", "nowhere.png", "a dog"): "Image `nowhere.png` cannot be read",
         ("align", f"{folder}/0.png", " "): "must be a sentence of at least one word",
         ("rank", "--image", "a", "b", "--text", "c", "d"): "got 2 pictures and 2 sentences",
-        ("index", f"{folder}/no", "--out", f"{folder}/i"): "There are no pictures in",
+        ("index", f"{folder}/no", "--out", f"{folder}/i"): "no is no folder",
+        ("index", str(Path(__file__).parent / "benchmarks"), "--out", f"{folder}/i"): "There are no pictures in",
+        ("index", f"{folder}/0.png", "--out", f"{folder}/i"): "0.png is no folder",
         ("search", f"{folder}/i", "a dog"): "There is no index in",
     }.items():
         with pytest.raises(SystemExit) as error:
             run(*words)
         assert told in error.value.code and error.value.code.startswith("granalign: ") and "\n" not in error.value.code
+
+
+def test_a_checkpoint_or_device_that_is_not_there_is_named(folder, tmp_path):
+    main(["index", str(folder), "--out", str(tmp_path / "moved"), "--model", str(shutil.copytree(folder, tmp_path / "c"))])
+    shutil.rmtree(tmp_path / "c")
+    shutil.copytree(folder, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    (tmp_path / "j").mkdir()
+    (tmp_path / "j" / "index.json").write_text("{")
+    align = ["align", f"{folder}/0.png", "a dog", "--model"]
+    for words, told in (
+        ([*align, f"{tmp_path}/no/where"], "must be a folder or a name on the Hub"),
+        ([*align, f"{tmp_path}/broken"], f"The weights of {tmp_path}/broken are broken"),
+        ([*align, str(folder), "--device", "banana"], "`--device` must be one that torch can use here, got 'banana'"),
+        (["search", f"{tmp_path}/moved", "a dog"], "was built with .*/c, which is no more"),
+        (["search", f"{tmp_path}/j", "a dog"], "index.json is broken"),
+        (["search", "http://localhost:9/c", "a dog", "--model", str(folder)], "No Qdrant server answers at localhost:9"),
+    ):
+        with pytest.raises(SystemExit, match=f"^granalign: .*{told}"):
+            main(words)
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "granalign_hf.cli", "align", "a.png", "a dog", "--model", "runs/nothing"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 1 and "granalign: runs/nothing is no folder here, and does not come from the Hub" in run.stderr
 
 
 def test_another_kind_of_checkpoint(tmp_path):

@@ -34,6 +34,15 @@ def test_the_page_shows_where_words_point_and_how_sure_each_run_is(folder):
         assert written == (folder / f"{measure}.md").read_text() and written in page
 
 
+@pytest.mark.parametrize("name", ["variances"])
+def test_the_page_shows_what_was_tried_and_not_kept(name):
+    folder, page = TRAINING / "results" / name, (TRAINING / "EXPERIMENTS.md").read_text()
+    written = (folder / f"{name}.md").read_text()
+    assert written in page and "--- a/modeling/aligners.py" in (folder / "trainings.patch").read_text()
+    for run, figures in json.loads((folder / f"{name}.json").read_text())["runs"].items():
+        assert f"| {run} | {figures['rsum']:.1f} | {figures['image_to_text']['standard_error']:.3f} |" in written
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_run_of_a_comparison_is_accepted(path):
     recipe = Comparison.read(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 import shlex
 import sys
 import time
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
+from granalign_hf.commands.common import HUB_ID
 from granalign_hf.evaluation import bootstrap_interval
 from granalign_hf.export import ExportedModel
 from granalign_hf.model_card import write_model_card
@@ -36,7 +36,6 @@ from granalign_hf.training.scoring import scored_split
 from granalign_hf.training.states import write_whole
 
 logger = get_logger(__name__)
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def add_command(subparsers: Any, name: str, run: Callable, summary: str, example: str) -> argparse.ArgumentParser:
@@ -33,16 +37,32 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model, ready to score, and its processor.
 
     Raises:
-        OSError, ValueError: there is no such checkpoint, or it is of another model.
+        OSError, ValueError: there is no such checkpoint, it is broken or of another model, or there is no such device.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     from granalign_hf import GranAlignConfig, GranAlignModel, GranAlignProcessor
 
-    config = AutoConfig.from_pretrained(arguments.model)
+    if not Path(arguments.model).is_dir() and not HUB_ID.fullmatch(arguments.model):
+        raise ValueError(f"`--model` must be a folder or a name on the Hub (owner/name), {arguments.model} is neither.")
+    try:
+        config = AutoConfig.from_pretrained(arguments.model)
+    except OSError as error:
+        if Path(arguments.model).exists():
+            raise
+        raise OSError(f"{arguments.model} is no folder here, and does not come from the Hub: {error}") from error
     if not isinstance(config, GranAlignConfig):
         raise ValueError(f"`--model` must be a GranAlign checkpoint, {arguments.model} is of type {config.model_type!r}.")
-    model = GranAlignModel.from_pretrained(arguments.model).to(arguments.device).eval()
+    try:
+        model = GranAlignModel.from_pretrained(arguments.model).eval()
+    except SafetensorError as error:
+        raise OSError(f"The weights of {arguments.model} are broken: {error}") from error
+    try:
+        model.to(arguments.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        told = str(error).splitlines()[0]
+        raise ValueError(f"`--device` must be one that torch can use here, got {arguments.device!r}: {told}") from error
     return model, GranAlignProcessor.from_pretrained(arguments.model)
 
 

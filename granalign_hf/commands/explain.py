@@ -41,15 +41,20 @@ def run(arguments: argparse.Namespace) -> None:
 def _show_shares(arguments: argparse.Namespace, explanation: Any) -> None:
     words = []
     for word, share in explanation.word_shares:
-        places = [{"kind": p.kind, "index": p.index, "share": part} for p, part in explanation.top_places(word)[:NUM_PLACES]]
+        places = [
+            {"kind": place.kind, "index": place.index, "box": place.box, "share": part}
+            for place, part in explanation.top_places(word)[:NUM_PLACES]
+        ]
         told = {"word": word.text, "start": word.start, "end": word.end, "is_special": word.is_special}
         words.append(told | {"share": share, "places": places})
-    table = [
-        (word["word"], word["share"], ", ".join(f"{place['kind']} {place['index']}" for place in word["places"]))
-        for word in words
-    ]
+    table = [(word["word"], word["share"], ", ".join(_place(place) for place in word["places"])) for word in words]
     lines = [f"score {explanation.score:.3f}", *columns([("word", "share", "where, the largest share first"), *table])]
     show(arguments, {"score": explanation.score, "words": words}, lines)
+
+
+def _place(place: dict[str, Any]) -> str:
+    box = "" if place["box"] is None else f" ({' '.join(map('{:.0f}'.format, place['box']))})"
+    return f"{place['kind']} {place['index']}{box}"
 
 
 def _show_comparison(arguments: argparse.Namespace, comparison: Any) -> None:

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     names = sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file()
     )
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder. Name the one that has the pictures.")
     if not names:
         raise ValueError(f"There are no pictures in {folder}: no file there has the ending of one, such as .jpg.")
     model, processor = load(arguments)

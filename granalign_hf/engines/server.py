@@ -83,13 +83,21 @@ def connect(url: str) -> tuple[QdrantClient, str]:
     """`http://HOST:PORT/COLLECTION` -> a client and the name of the collection.
 
     Raises:
-        ValueError: the name is missing.
+        ValueError: the name is missing. ConnectionError: no server answers there.
     """
     parts = urlsplit(url)
     collection = parts.path.strip("/")
     if not collection or "/" in collection:
         raise ValueError(f"The address of an index must be http://HOST:PORT/COLLECTION, got {url!r}.")
-    return QdrantClient(url=f"{parts.scheme}://{parts.netloc}", prefer_grpc=True), collection
+    client = QdrantClient(url=f"{parts.scheme}://{parts.netloc}", prefer_grpc=True, check_compatibility=False)
+    try:
+        client.get_collections()
+    except Exception as error:  # gRPC and HTTP have their own
+        told = str(error).strip().splitlines()
+        raise ConnectionError(
+            f"No Qdrant server answers at {parts.netloc}, or its gRPC port 6334 is closed: {told[0] if told else error!r}."
+        ) from error
+    return client, collection
 
 
 def create_collection(
