@@ -161,6 +161,7 @@ def test_figures_of_the_prose_come_from_files(sentence, file, keys):
 def test_differences_of_the_prose_come_from_files():
     result = json.loads((ROOT / "training" / "results" / "compare-flickr8k-frozen" / "results.json").read_text())
     runs = result["runs"]
+    measures = json.loads((ROOT / "training" / "results" / "compare-flickr8k-frozen" / "measures.json").read_text())["runs"]
     grm, rsum = runs["grm"], {name: sum(run["rsum"]) / len(run["rsum"]) for name, run in runs.items()}
     prose = " ".join(README.split())
     above, below, to_floor = (grm[f"minus {name}"] for name in ("chan", "vse-max", "max-mean"))
@@ -170,8 +171,10 @@ def test_differences_of_the_prose_come_from_files():
     floor = f"reaches {rsum['max-mean']:.1f} ({to_floor['difference']:+.1f}, p = {to_floor['p_value']:.3f};"
     assert floor in prose and to_floor["p_value"] > 0.05
     assert f"average-pooled image: rSum {rsum['grm-paper-scale']:.1f}." in prose
+    points = measures["grm-paper-scale"]["pointing"][0]["all"]
+    pointed = f"finds {points['densest']:.1f} % of {points['num_phrases']:,} phrases (the centre of the image: "
+    assert f"{pointed}{points['image_center']:.1f})" in prose
     lost = grm["rsum"][0] - runs["grm-budget"]["rsum"][0]
-    measures = json.loads((ROOT / "training" / "results" / "compare-flickr8k-frozen" / "measures.json").read_text())["runs"]
     told, before = (measures[name]["auroc"][0]["patch_saliency"]["mean"] for name in ("grm-budget", "grm"))
     assert f"(AUROC {told:.2f} instead of {before:.2f}), for {lost:.1f} rSum less with the same seed" in prose
     tuned = json.loads((ROOT / "training" / "results" / "compare-flickr8k" / "results.json").read_text())["runs"]["grm"]
