@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,27 @@ def peak_megabytes(prepare: Callable[..., Callable[[], object]], *args) -> float
         raise RuntimeError(f"{prepare.__name__}{args} ended without a figure, exit code {process.exitcode}.") from None
     finally:
         process.join()
+
+
+def grown_megabytes(run: Callable[[], object]) -> tuple[float | None, float | None]:
+    """Peak of this process's own memory during `run` above that before, looked at each millisecond, and how much more of
+    files is mapped after it, which the system takes back when it needs room; `None` if not Linux.
+    """
+    if not Path("/proc/self/status").exists():
+        return None, None
+    before, mapped, peaks, is_over = _status("RssAnon"), _status("RssFile"), [0], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.001):
+            peaks.append(_status("RssAnon") - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    peaks.append(_status("RssAnon") - before)
+    is_over.set()
+    watcher.join()
+    return max(peaks) / 1e6, (_status("RssFile") - mapped) / 1e6
 
 
 def _measure_peak(sender, prepare, args) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import data
 import report
 import torch
-from measuring import alternate, milliseconds, peak_megabytes, ratio
+from measuring import alternate, grown_megabytes, milliseconds, ratio
 from PIL import Image
 from similarity import draw
 from torch import Tensor
@@ -109,31 +109,22 @@ def searching(rounds: int) -> list[dict]:
     ]
 
 
-def memory(rounds: int) -> list[dict]:
-    """Peak memory of a search for one caption in an index that is open, above what it took before, and what the engine alone
-    takes of it; MB, once."""
-    sizes = (NUM_PICTURES // 5, NUM_PICTURES)
-    stages = {"two stages, MB": False, "engine alone, MB": True}
-    return [
-        {"pictures": number} | {name: peak_megabytes(prepare_search, number, alone) for name, alone in stages.items()}
-        for number in sizes
-    ]
-
-
 @torch.no_grad()
-def prepare_search(num_pictures: int, is_engine_alone: bool) -> Callable[[], object]:
-    folder, model = tempfile.TemporaryDirectory(), grm()
-    index, first, second = filled(folder.name, model, num_pictures), *drawn_queries()[:2]
+def memory(rounds: int) -> list[dict]:
+    """What ten searches take in an index that is open and was searched before: the most that the process has of its own, and
+    pages of token files that the system maps and takes back when it needs room. MB, once."""
+    model, queries, rows = grm(), drawn_queries(), []
+    for num_pictures in (NUM_PICTURES // 5, NUM_PICTURES):
+        with tempfile.TemporaryDirectory() as folder, filled(folder, model, num_pictures) as index:
 
-    def run(query: GranAlignTextOutput = second) -> object:
-        with torch.no_grad():
-            if is_engine_alone:
-                return index.engine.search("regions", query.word_embeds[0].numpy(), 100)
-            return index.stages.search(query, 10, None, 100, False, None)
+            def search(queries: list[GranAlignTextOutput], index: GranAlignIndex = index) -> None:
+                for query in queries:
+                    index.stages.search(query, 10, None, 100, False, None)
 
-    run(first)  # what the first search of a process makes once
-    run.folder = folder  # type: ignore[attr-defined]  # stays as long as this
-    return run
+            search(queries[:10])
+            own, mapped = grown_megabytes(lambda search=search: search(queries[10:]))  # type: ignore[misc]
+        rows.append({"pictures": num_pictures, "own, MB": own, "mapped, MB": mapped})
+    return rows
 
 
 def indexing(rounds: int) -> list[dict]:
