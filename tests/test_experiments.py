@@ -34,6 +34,13 @@ def test_the_page_shows_where_words_point_and_how_sure_each_run_is(folder):
         assert written == (folder / f"{measure}.md").read_text() and written in page
 
 
+@pytest.mark.parametrize("run", ["grm", "vse-max"])
+def test_the_page_shows_how_well_the_training_photographs_are_ranked(run):
+    files = [TRAINING / "results" / "fit" / f"{run}-{split}.json" for split in ("train", "validation")]
+    figures = [f"{json.loads(file.read_text())['metrics']['rsum']:.1f}" for file in files]
+    assert f"| {run} | {figures[0]} | {figures[1]} |" in (TRAINING / "EXPERIMENTS.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["variances"])
 def test_the_page_shows_what_was_tried_and_not_kept(name):
     folder, page = TRAINING / "results" / name, (TRAINING / "EXPERIMENTS.md").read_text()
