@@ -24,6 +24,7 @@ from pathlib import Path
 
 import yaml
 
+from granalign_hf import card_sections
 from granalign_hf.card_sections import mean_and_spread
 from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
 from granalign_hf.model_card import write_model_card
@@ -240,8 +241,7 @@ def table(rows: dict[str, dict], baselines: list[str], diagnostics: list[str]) -
 
 def markdown_table(lines: list[list[str]]) -> str:
     """Rows of cells, the first of which is the head."""
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return card_sections.markdown_table(lines[0], lines[1:]) + "\n"
 
 
 def _difference(difference: PairedDifference) -> str:

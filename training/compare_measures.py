@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from granalign_hf.calibration import WAYS
-from granalign_hf.card_sections import mean_and_spread
+from granalign_hf.card_sections import BASELINES, mean_and_spread
 from granalign_hf.training.compare import Comparison, data_words, markdown_table, record_folder, run_folder
 from granalign_hf.training.jobs import Step, finish
-from granalign_hf.training.pointing import BASELINES
 from granalign_hf.training.runtime import available_cores
 from granalign_hf.training.states import write_whole
 

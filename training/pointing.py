@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from granalign_hf.calibration import auroc
+from granalign_hf.card_sections import BASELINES
 from granalign_hf.grounding import patch_centers, pointing_game, points_in_boxes, summarize_hits
 from granalign_hf.modeling.maps import location_density, on_grid, visible_area, word_maps
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
@@ -20,7 +21,6 @@ from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.phrases import LocatedCaption
 
 CORNERS = ([0, 0, -1, -1], [0, -1, 0, -1])
-BASELINES = ("random_patch", "image_center", "largest_box")
 
 
 class _Image(NamedTuple):
