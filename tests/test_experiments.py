@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from granalign_hf.training import clutter
 from granalign_hf.training.arguments import as_words, parse_arguments
 from granalign_hf.training.compare import Comparison, published_rsum, table
 from granalign_hf.training.compare_measures import tables
@@ -32,6 +33,12 @@ def test_the_page_shows_where_words_point_and_how_sure_each_run_is(folder):
     page, runs = (TRAINING / "EXPERIMENTS.md").read_text(), json.loads((folder / "measures.json").read_text())["runs"]
     for measure, written in tables(runs).items():
         assert written == (folder / f"{measure}.md").read_text() and written in page
+
+
+def test_the_page_shows_what_clutter_does():
+    folder = TRAINING / "results" / "compare-scenes"
+    written = clutter.table(json.loads((folder / "clutter.json").read_text())["runs"])
+    assert written == (folder / "clutter.md").read_text() and written in (TRAINING / "EXPERIMENTS.md").read_text()
 
 
 @pytest.mark.parametrize("run", ["grm", "vse-max"])

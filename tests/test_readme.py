@@ -186,6 +186,14 @@ def test_differences_of_the_prose_come_from_files():
         assert _measured(f"flickr8k-frozen-{name}/metrics-test.json", "metrics rsum") == runs[name]["rsum"][place]
 
 
+def test_figures_of_the_clutter_come_from_files():
+    measured = json.loads((ROOT / "training" / "results" / "compare-scenes" / "clutter.json").read_text())
+    place = measured["distractors"].index(4)
+    rsum = {name: f"{run['rsum'][place][0]:.1f}" for name, run in measured["runs"].items()}
+    told = f"GRM has rSum {rsum['grm']} in galleries of 100, max-pooled VSE++ {rsum['vse-max']} and CHAN {rsum['chan']} (one"
+    assert told in " ".join(README.split())
+
+
 def test_figures_of_the_search_come_from_files():
     measured = json.loads((ROOT / "training" / "results" / "search" / "search.json").read_text())["grm-seed1"]
     run, curve = measured["run"], {row["stored"]: row for row in measured["curve"]}
