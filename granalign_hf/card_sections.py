@@ -81,6 +81,8 @@ def _grounding(result: dict[str, Any]) -> str:
         for group, row in result["pointing"].items()
     ]
     told = [markdown_table(head, rows), f"{_percent(result, 'corner_share')} % of the phrases point at a corner patch."]
+    if "densest" in others:
+        told.append("The densest place is where neighbours that agree count, and what all words find counts less.")
     for name, area in result["auroc"].items():
         told.append(f"AUROC of {name.replace('_', ' ')}: {finite(area['mean'], name):.3f}.")
     return "\n\n".join([told[0], " ".join(told[1:])])

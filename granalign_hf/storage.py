@@ -59,12 +59,12 @@ def create_storage(
     """
     path = str(path_or_url)
     if is_url(path):
-        _check_token_folder(path, settings, token_folder)  # before there is a collection
-        _claim_token_folder(settings, token_folder)
+        place = _place_of_new_tokens(path, settings, token_folder)  # before there is a collection
         server = _engine_module("server")
         client, collection = server.connect(path)
         server.create_collection(client, collection, settings["dim"], settings["num_vectors"], settings, **options)
-        return _with_tokens(path, settings, server.Server(client, collection, settings["dim"]), token_folder, True)
+        _claim(place, settings)
+        return _with_tokens(path, settings, server.Server(client, collection, settings["dim"]), place, True)
     if options:
         raise ValueError(f"{sorted(options)} are options of a collection on a server, but {path!r} is a folder.")
     folder = Path(path)
@@ -72,14 +72,11 @@ def create_storage(
         raise ValueError(f"{path} is an index already. Open it with `GranAlignIndex.open`, or choose another folder.")
     if folder.is_dir() and {entry.name for entry in folder.iterdir()} - OWN_NAMES:
         raise ValueError(f"{path} has other things in it. Choose a new folder for the index.")
+    place = _place_of_new_tokens(path, settings, token_folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    try:
-        _claim_token_folder(settings, token_folder or folder / "tokens")
-        storage = _open_folder(folder, settings, token_folder, lock)
-    except BaseException:
-        lock.release()
-        raise
+    _claim(place, settings)
+    storage = _open_folder(folder, settings, place, lock)
     unfinished = folder / "index.json.unfinished"
     unfinished.write_text(json.dumps(settings, indent=2) + "\n")
     unfinished.replace(folder / "index.json")
@@ -100,20 +97,16 @@ def open_storage(path_or_url: str | Path, mode: str, token_folder: Path | None) 
         raise ValueError(f'`mode` must be "r" (read) or "a" (add and change), got {mode!r}.')
     path = str(path_or_url)
     settings = read_settings(path)
+    place = _place_of_own_tokens(path, settings, token_folder)
     if is_url(path):
         server = _engine_module("server")
         engine = server.Server(*server.connect(path), settings["dim"])
-        return _with_tokens(path, settings, engine, token_folder, mode == "a")
+        return _with_tokens(path, settings, engine, place, mode == "a")
     folder = Path(path)
     if mode == "a":
-        lock = _lock(folder)
-        try:
-            return _open_folder(folder, settings, token_folder, lock)
-        except BaseException:
-            lock.release()
-            raise
+        return _open_folder(folder, settings, place, _lock(folder))
     _publish_what_was_left(folder, settings)
-    return _open_folder(folder, settings, token_folder, None)
+    return _open_folder(folder, settings, place, None)
 
 
 def checkpoint_of(path_or_url: str | Path) -> str:
@@ -162,11 +155,9 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def _open_folder(folder: Path, settings: dict[str, Any], token_folder: Path | None, lock: FileLock | None) -> Storage:
-    shards = None
-    if settings["tokens"]:
-        shards = _own_shards(str(folder), settings, token_folder or folder / "tokens", lock is not None)
+def _open_folder(folder: Path, settings: dict[str, Any], place: Path | None, lock: FileLock | None) -> Storage:
     engine = _folder_engine(folder / "engine", settings, lock is not None)
+    shards = None if place is None else TokenShards(place, lock is not None)
     return Storage(str(folder), settings, engine, shards, lock, lock is not None)
 
 
@@ -188,39 +179,46 @@ def _publish_what_was_left(folder: Path, settings: dict[str, Any]) -> None:
             lock.release()
 
 
-def _with_tokens(path: str, settings: dict[str, Any], engine: Engine, token_folder: Path | None, is_writer: bool) -> Storage:
-    _check_token_folder(path, settings, token_folder)
-    if token_folder is None or not settings["tokens"]:
+def _with_tokens(path: str, settings: dict[str, Any], engine: Engine, place: Path | None, is_writer: bool) -> Storage:
+    if place is None:
         return Storage(path, settings, engine, None, None, is_writer)
-    lock = _lock(token_folder) if is_writer and token_folder.is_dir() else None
-    try:
-        return Storage(path, settings, engine, _own_shards(path, settings, token_folder, is_writer), lock, is_writer)
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
+    lock = _lock(place) if is_writer else None
+    return Storage(path, settings, engine, TokenShards(place, is_writer), lock, is_writer)
 
 
-def _check_token_folder(path: str, settings: dict[str, Any], token_folder: Path | None) -> None:
-    if settings["tokens"] and token_folder is None:
+def _token_place(path: str, settings: dict[str, Any], token_folder: Path | None) -> Path | None:
+    """The folder of the tokens, if there are any."""
+    if not settings["tokens"]:
+        return None
+    if token_folder is None and is_url(path):
         raise ValueError(f"The tokens of {path} are in a folder: name it as `token_folder`.")
+    return token_folder or Path(path) / "tokens"
 
 
-def _claim_token_folder(settings: dict[str, Any], folder: Path | None) -> None:
-    """Makes a folder that of the tokens of a new index."""
-    if folder is None or not settings["tokens"]:
-        return
-    if any(folder.glob("*.bin")):
-        raise ValueError(f"{folder} has the tokens of another index. Name a new folder as `token_folder`.")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.id").write_text(settings["id"])
+def _place_of_new_tokens(path: str, settings: dict[str, Any], token_folder: Path | None) -> Path | None:
+    place = _token_place(path, settings, token_folder)
+    if place is not None and any(place.glob("*.bin")):
+        raise ValueError(f"{place} has the tokens of another index. Name a new folder as `token_folder`.")
+    return place
 
 
-def _own_shards(path: str, settings: dict[str, Any], folder: Path, is_writer: bool) -> TokenShards:
-    owner = folder / "index.id"
-    if not owner.is_file() or owner.read_text() != settings.get("id"):
-        raise ValueError(f"The tokens of {path} are not in {folder}. Name the folder that they are in as `token_folder`.")
-    return TokenShards(folder, is_writer)
+def _place_of_own_tokens(path: str, settings: dict[str, Any], token_folder: Path | None) -> Path | None:
+    place = _token_place(path, settings, token_folder)
+    if place is not None and not (_owner(place).is_file() and _owner(place).read_text() == settings.get("id")):
+        raise ValueError(f"The tokens of {path} are not in {place}. Name the folder that they are in as `token_folder`.")
+    return place
+
+
+def _claim(place: Path | None, settings: dict[str, Any]) -> None:
+    """The folder belongs to the tokens of this index from now on."""
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        _owner(place).write_text(settings["id"])
+
+
+def _owner(place: Path) -> Path:
+    """The file that says whose tokens are in a folder."""
+    return place / "index.id"
 
 
 def _engine_module(name: str) -> Any:

@@ -25,7 +25,6 @@ from pathlib import Path
 import yaml
 
 from granalign_hf import card_sections
-from granalign_hf.card_sections import mean_and_spread
 from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
 from granalign_hf.model_card import write_model_card
 from granalign_hf.training.arguments import DataArguments, as_words
@@ -126,10 +125,16 @@ def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step
         (folder / "complete").touch()
     if not (folder / ranks).is_file():
         yield Step("evaluate", [str(folder), *data_words(comparison, name, seed)], folder)
-    record.mkdir(parents=True, exist_ok=True)
     for file in ("settings.json", "metrics.json", ranks):  # the ranks last: they say that the record is complete
-        shutil.copy(folder / file, record / f"{file}.tmp")
-        (record / f"{file}.tmp").replace(record / file)
+        keep(folder / file, record)
+
+
+def keep(file: Path, record: Path) -> None:
+    """A copy of a file in the folder of a record, whole or not at all."""
+    record.mkdir(parents=True, exist_ok=True)
+    unfinished = record / f"{file.name}.tmp"
+    shutil.copy(file, unfinished)
+    unfinished.replace(record / file.name)
 
 
 def data_words(comparison: Comparison, name: str, seed: int) -> list[str]:
@@ -230,7 +235,7 @@ def table(rows: dict[str, dict], baselines: list[str], diagnostics: list[str]) -
     head += ["published rSum"] * has_published
     lines = [head]
     for name, row in rows.items():
-        lines.append([name, str(len(row["rsum"])), *(mean_and_spread(row[column]) for column in COLUMNS)])
+        lines.append([name, str(len(row["rsum"])), *(card_sections.mean_and_spread(row[column]) for column in COLUMNS)])
         for baseline in baselines:
             difference = row.get(f"minus {baseline}")
             lines[-1].append("-" if difference is None else _difference(PairedDifference(**difference)))

@@ -17,10 +17,9 @@ from typing import Any
 
 from granalign_hf.calibration import WAYS
 from granalign_hf.card_sections import BASELINES, mean_and_spread
-from granalign_hf.training.compare import Comparison, data_words, markdown_table, record_folder, run_folder
+from granalign_hf.training.compare import Comparison, data_words, keep, markdown_table, record_folder, run_folder
 from granalign_hf.training.jobs import Step, finish
 from granalign_hf.training.runtime import available_cores
-from granalign_hf.training.states import write_whole
 
 # What is measured -> its figures.
 MEASURES = {"grounding": ("pointing", "corner_share", "auroc"), "foils": ("foils",), "uncertainty": WAYS}
@@ -112,8 +111,7 @@ def missing_steps(
                 yield Step("calibrate", [str(folder), *data], folder)
             else:
                 yield Step("evaluate", [str(folder), *data, "--task", measure, *boxes], folder)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(record, (folder / record.name).read_text())
+        keep(folder / record.name, record.parent)
 
 
 def _measured(comparison: Comparison, name: str, runs: list[tuple[int, str]]) -> dict[str, Any]:
@@ -133,23 +131,22 @@ def grounding_table(runs: dict[str, dict]) -> str:
     """
     known = next(iter(runs.values()))["pointing"][0]
     others = ["without corners", "at a corner", *(f"AUROC of {name}".replace("_", " ") for name in AREAS)]
-    lines = [["run", "seeds", *known, *others]]
+    lines, densest = [["run", "seeds", *known, *others]], []
     for name, run in runs.items():
         lines.append([name, str(len(run["pointing"])), *_accuracies(run, "accuracy", known)])
         lines[-1] += [*_accuracies(run, "without_corners", ["all"]), mean_and_spread(run["corner_share"])]
         for area in AREAS:
             means = [of_seed[area]["mean"] for of_seed in run["auroc"] if area in of_seed]
             lines[-1].append(_mean(means, 2))
-    densest = [["densest place", "seeds", *known]]
-    for name, run in runs.items():
         if all("densest" in of_seed["all"] for of_seed in run["pointing"]):
             densest.append([name, str(len(run["pointing"])), *_accuracies(run, "densest", known)])
-    measured = len(densest)
-    for baseline in BASELINES:
-        row = [baseline.replace("_", " "), "-", *(f"{of_type[baseline]:.1f}" for of_type in known.values())]
-        lines.append([*row, *["-"] * len(others)])
-        densest.append(row)
-    return "\n".join(map(markdown_table, (lines, densest) if measured > 1 else (lines,)))
+    baselines = [
+        [name.replace("_", " "), "-", *(f"{of_type[name]:.1f}" for of_type in known.values())] for name in BASELINES
+    ]
+    tables = [lines + [[*row, *["-"] * len(others)] for row in baselines]]
+    if densest:
+        tables.append([["densest place", "seeds", *known], *densest, *baselines])
+    return "\n".join(map(markdown_table, tables))
 
 
 def _accuracies(run: dict, way: str, groups: Iterable[str]) -> list[str]:

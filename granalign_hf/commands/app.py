@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     from granalign_hf.retrieval import GranAlignIndex
 
     parts = load(arguments)
-    place = {"token_folder": arguments.token_folder}
-    index = GranAlignIndex.open(arguments.index, *parts, **place) if arguments.index else None
+    index = None
+    if arguments.index:
+        index = GranAlignIndex.open(arguments.index, *parts, token_folder=arguments.token_folder)
     launch(build(*parts, index), server_name=arguments.host, server_port=arguments.port)

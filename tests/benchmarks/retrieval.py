@@ -8,6 +8,7 @@ random weights. Recall is measured on photographs by training/measure_search.py.
 
 from __future__ import annotations
 
+import functools
 import io
 import statistics
 import tempfile
@@ -80,6 +81,11 @@ def filled(folder: str, model: GranAlignModel, num_pictures: int) -> GranAlignIn
     return index
 
 
+def search_each(index: GranAlignIndex, queries: list[GranAlignTextOutput]) -> None:
+    for query in queries:
+        index.stages.search(query, 10, None, 100, False, None)
+
+
 @torch.no_grad()
 def searching(rounds: int) -> list[dict]:
     """One caption among 10,000 pictures of 196 patches, K = 5, without the text encoder: two stages with 100 candidates, the
@@ -88,12 +94,11 @@ def searching(rounds: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder, filled(folder, model, NUM_PICTURES) as index:
         images, queries = drawn_images(model, 0), drawn_queries()
         vectors = [(query.word_embeds * query.word_saliency[..., None])[0].numpy() for query in queries]
-        search = index.stages.search
         seconds = alternate(
             {
-                "two stages": lambda: [search(query, 10, None, 100, False, None) for query in queries],
+                "two stages": lambda: search_each(index, queries),
                 "engine alone": lambda: [index.engine.search("regions", matrix, 100) for matrix in vectors],
-                "exact": lambda: search(queries[0], 10, None, 100, True, None),
+                "exact": lambda: index.stages.search(queries[0], 10, None, 100, True, None),
                 "kernel alone": lambda: kernel(model, images, queries[0]),
             },
             rounds,
@@ -116,13 +121,8 @@ def memory(rounds: int) -> list[dict]:
     model, queries, rows = grm(), drawn_queries(), []
     for num_pictures in (NUM_PICTURES // 5, NUM_PICTURES):
         with tempfile.TemporaryDirectory() as folder, filled(folder, model, num_pictures) as index:
-
-            def search(queries: list[GranAlignTextOutput], index: GranAlignIndex = index) -> None:
-                for query in queries:
-                    index.stages.search(query, 10, None, 100, False, None)
-
-            search(queries[:10])
-            own, mapped = grown_megabytes(lambda search=search: search(queries[10:]))  # type: ignore[misc]
+            search_each(index, queries[:10])
+            own, mapped = grown_megabytes(functools.partial(search_each, index, queries[10:]))
         rows.append({"pictures": num_pictures, "own, MB": own, "mapped, MB": mapped})
     return rows
 
