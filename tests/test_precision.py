@@ -1,6 +1,7 @@
 """Every precision trains with scores and losses in float32; what is not finite stops the run, with all there is to know."""
 
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_launch import RUN
 
-from granalign_hf.training import launch, train
+from granalign_hf.training import launch, runtime, train
 
 ONE = [*RUN, "--batch_size", "8", "--aligner", "grm"]
 
@@ -60,9 +61,19 @@ def test_every_precision_trains_with_losses_in_float32(precision, tmp_path, monk
     monkeypatch.setattr(train, "shared_loss", watched)
     state = train.main([*ONE, "--mixed_precision", precision, "--output_dir", str(tmp_path)])
     assert seen == {torch.float32}
-    assert {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision] in dtypes
+    half = torch.bfloat16 if runtime.cpu_has_bfloat16() else torch.float32
+    assert {"no": torch.float32, "bf16": half, "fp16": torch.float16}[precision] in dtypes
     assert all(math.isfinite(record["loss"]) for record in state["history"])
     assert state["history"][1]["reconstruction"] != state["history"][0]["reconstruction"]
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_bf16_is_float32_where_the_cpu_has_no_instructions_for_it(has_bfloat16, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(launch, "cpu_has_bfloat16", lambda: has_bfloat16)
+    train.main([*ONE, "--mixed_precision", "bf16", "--epochs", "1", "--output_dir", str(tmp_path)])
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["mixed_precision"] == ("bf16" if has_bfloat16 else "no")
+    assert ("computes in float32" in caplog.text) is not has_bfloat16
 
 
 def poison(monkeypatch, is_due, factor: float) -> list[torch.Tensor]:

@@ -9,6 +9,8 @@ import shlex
 from importlib.metadata import version
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
+
 from granalign_hf.modeling.configuration_granalign import GranAlignConfig
 from granalign_hf.training.arguments import RunArguments
 from granalign_hf.training.data import CaptionedImages
@@ -38,6 +40,7 @@ def run_record(
         "energy": state.get("energy"),
         "started_from": None if before is None else {name: before.get(name) for name in STARTED_FROM},
         "hardware": hardware(),
+        "mixed_precision": AcceleratorState().mixed_precision,  # what was computed in, whatever was asked for
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
         "dataset": Path(run.dataset).name,
         "train_split": run.train_split,

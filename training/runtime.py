@@ -21,6 +21,16 @@ def set_up_torch(matmul_precision: str, num_processes: int = 1) -> None:
         torch.set_num_threads(max(len(available_cores()) // num_processes, 1))
 
 
+def has_accelerator() -> bool:
+    """Whether torch sees a GPU or the like."""
+    return torch.accelerator.is_available()
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 with vector instructions on this CPU; elsewhere torch does it value by value."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def available_cores() -> list[int]:
     """Numbers of the cores that this process may use: those that it was pinned to, where the system can pin."""
     if hasattr(os, "sched_getaffinity"):
