@@ -245,6 +245,14 @@ def test_another_aligner_on_the_command_line_drops_what_the_recipe_says_of_its_o
         assert f"num_regions (in {recipe}) has no effect" in capsys.readouterr().err
 
 
+def test_a_bare_no_of_yaml_is_told(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEFAULT_RECIPE.read_text() + "mixed_precision: no\n")
+    with pytest.raises(SystemExit):
+        parse_arguments([str(recipe)])
+    assert "mixed_precision must be one of no, bf16, fp16, got False (YAML reads" in capsys.readouterr().err
+
+
 def test_fields_are_held_against_the_aligner_of_the_checkpoint(tmp_path, capsys):
     tiny_model(aligner="chan", pooling="logsumexp").config.save_pretrained(tmp_path)
     assert parse_arguments(["--checkpoint", str(tmp_path), "--margin", "0.1"])[1] == {"margin": 0.1}
