@@ -279,7 +279,7 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
         (
             "Protocol: {protocol}. Images: {num_images}, captions: {num_captions}; images that the training had seen: "
             "{num_images_trained_on}. Measured: {date}, `{command}`."
-        ).format_map({name: evaluation.get(name, "not recorded") for name in ABOUT_EVALUATION}),
+        ).format_map({n: "not recorded" if evaluation.get(n) is None else evaluation[n] for n in ABOUT_EVALUATION}),
         markdown_table(("metric", "value", "95 % interval"), rows),
     ]
     if evaluation.get("diagnostics"):

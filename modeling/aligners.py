@@ -1,8 +1,9 @@
 """The aligners: what each adds to patches and words, and how it scores every image with every caption.
 
 An aligner sees tokens, never pixels or captions. To add one: a class with the five members of [`Aligner`] and a line in
-`ALIGNERS` (and in `POOLINGS` of the config). A field that its `describe_image` adds stands in `outputs.py` too, and in
-`IMAGE_FIELDS` of the evaluation; a parameter outside of the layers of torch needs a line in `_init_weights` of the model.
+`ALIGNERS` (and in `POOLINGS` and `ALIGNER_FIELDS` of the config). A field that its `describe_image` adds stands in
+`outputs.py` too, and in `IMAGE_FIELDS` of the evaluation; a parameter outside of the layers of torch needs a line in
+`_init_weights` of the model.
 Parameters act in `describe_image` and `describe_text` only: training scores the tokens of several processes outside of the
 module that synchronises gradients.
 `image` and `text` are any objects with the named fields, such as the outputs of `get_image_features` and

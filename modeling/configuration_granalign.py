@@ -213,6 +213,10 @@ class GranAlignConfig(PreTrainedConfig):
         for name in ("reconstruction_weight", "kl_weight", "budget_weight", "num_prefix_tokens"):
             if not 0 <= getattr(self, name) < math.inf:
                 problems.append(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
+        if not math.isfinite(self.entropy_weight):
+            problems.append(f"`entropy_weight` must be finite, got {self.entropy_weight}.")
+        if self.aligner == "grm" and self.patch_dropout > 0 and not self.use_region_prompts:
+            problems.append("`patch_dropout` needs `use_region_prompts`: without prompts every patch is a region.")
         weights = self.level_weights
         if len(weights) != 3 or min(weights) < 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
             problems.append(f"`level_weights` must be three values of at least 0 that sum to 1, got {weights}.")

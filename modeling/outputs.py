@@ -83,7 +83,8 @@ class GranAlignOutput(_MaskedOutput):
     loss (`torch.FloatTensor` of shape `()`, *optional*, with `return_loss=True`):
         Weighted sum of `loss_terms`.
     logits_per_image (`torch.FloatTensor` of shape `(B, C)`):
-        Score of every image with every caption [S], float32, in [-2, 2] for GRM and LAPS and in [-1, 1] for CHAN and VSE++;
+        Score of every image with every caption [S], float32: in [-2, 2] for GRM, LAPS and max-mean, above 1 too for CHAN
+        with logsumexp, in [-1, 1] for the others;
         times the `logit_scale` of a calibrated model, with which their softmax over candidates is a probability.
     logits_per_text (`torch.FloatTensor` of shape `(C, B)`):
         Its transpose.

@@ -10,7 +10,8 @@ class RegionMixture(nn.Module):
     """The M-step of a Gaussian mixture whose responsibilities are the affinities of patches to learned prompts.
 
     Args:
-        dim: token width d. num_regions: K; `None`: no prompts, every patch is a region of its own.
+        dim: token width d. num_regions: K; `None`: no prompts, every patch is a region of its own, a masked one too (of
+            mean 0).
         logit_scale: factor on the cosine of patch and prompt before the sigmoid (1 in the paper).
         has_variance: `False`: a region is its mean, always.
     """

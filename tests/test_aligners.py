@@ -13,7 +13,7 @@ from torch import nn
 from granalign_hf import GranAlignModel
 from granalign_hf.modeling import pairwise
 from granalign_hf.modeling.aligners import ALIGNERS
-from granalign_hf.modeling.configuration_granalign import POOLINGS, GranAlignConfig
+from granalign_hf.modeling.configuration_granalign import ALIGNER_FIELDS, POOLINGS, GranAlignConfig
 
 DIM = 4
 TOLERANCE = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
@@ -303,7 +303,7 @@ def test_max_pooling_ignores_padding_when_all_features_are_negative():
 
 
 def test_every_aligner_has_its_poolings():
-    assert set(ALIGNERS) == set(POOLINGS) == {"grm", "max_mean", "chan", "scan", "laps", "vse++"}
+    assert set(ALIGNERS) == set(POOLINGS) == set(ALIGNER_FIELDS) == {"grm", "max_mean", "chan", "scan", "laps", "vse++"}
 
 
 @pytest.mark.parametrize(("name", "pooling"), VARIANTS)

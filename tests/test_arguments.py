@@ -245,6 +245,12 @@ def test_another_aligner_on_the_command_line_drops_what_the_recipe_says_of_its_o
         assert f"num_regions (in {recipe}) has no effect" in capsys.readouterr().err
 
 
+def test_a_small_number_is_no_option():
+    words = as_words({"entropy_weight": -0.00001, "learning_rate": 2e-4, "epochs": 3})
+    assert words == ["--entropy_weight", "-0.00001", "--learning_rate", "0.0002", "--epochs", "3"]
+    assert parse_arguments(words)[1]["entropy_weight"] == -1e-5
+
+
 def test_a_bare_no_of_yaml_is_told(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(DEFAULT_RECIPE.read_text() + "mixed_precision: no\n")

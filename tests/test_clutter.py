@@ -1,6 +1,7 @@
 """Clutter: what a comparison's checkpoints do as scenes fill with objects that no caption names."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -54,7 +55,18 @@ def test_the_scenes_with_one_distractor_are_those_of_the_test_split():
     assert drawn_scenes(3, 4, 8).image(0).tobytes() != drawn.image(0).tobytes()
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(recipe, tmp_path):
+def test_a_checkpoint_of_another_recipe_is_refused(recipe, tmp_path, capsys):
     (tmp_path / "runs" / "grm-seed0" / "settings.json").write_text("{}")
-    with pytest.raises(ValueError, match="grm-seed0 holds a run of other settings"):
+    with pytest.raises(SystemExit):
         clutter.main([str(recipe)])
+    assert "grm-seed0 holds a run of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "told"), [("no.yaml", "no.yaml cannot be read"), ("compare.yaml", "the runs of .* are of pets")]
+)
+def test_what_has_no_scenes_is_refused(recipe, tmp_path, capsys, file, told):
+    (tmp_path / "base.yaml").write_text("dataset: pets\n")
+    with pytest.raises(SystemExit):
+        clutter.main([str(tmp_path / file)])
+    assert re.search(told, " ".join(capsys.readouterr().err.split()))

@@ -1,7 +1,10 @@
 """The comparison of several runs: what it trains, what it skips, and the figures that it writes."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from granalign_hf.training import jobs as jobs_module
 
 PROTOCOLS = ("flickr30k-1k", "coco-1k-5fold", "coco-5k")
 INDEX = np.repeat(np.arange(40), 2)
+RECORD = {"hours": 0.25, "date": "2026-02-03", "hardware": "1 CPU core (x86_64)"}
 
 
 def draw_ranks(seed, best=12):
@@ -34,7 +38,9 @@ def recipe(tmp_path):
         "diagnostics": ["region_mean_cosine"],
         "runs": {"plain": {"aligner": "max_mean"}, "grm": {"level_weights": [0.5, 0.3, 0.2]}},
     }
-    (tmp_path / "base.yaml").write_text("dataset: somewhere\nsplit_column: part\nepochs: 3\n")
+    (tmp_path / "base.yaml").write_text(
+        "dataset: somewhere\nsplit_column: part\nepochs: 3\nvision_encoder: a\ntext_encoder: b\n"
+    )
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
@@ -68,7 +74,7 @@ def leave_files(step):
     is_grm = "grm" in step.folder.name
     diagnostics = {"region_mean_cosine": 0.5} if is_grm else {}
     (step.folder / "config.json").write_text(json.dumps({"model_type": "granalign", "aligner": "grm"}))
-    (step.folder / "metrics.json").write_text(json.dumps({"hours": 0.25, "diagnostics": diagnostics}))
+    (step.folder / "metrics.json").write_text(json.dumps(RECORD | {"diagnostics": diagnostics}))
     if step.script == "evaluate":
         ranks = draw_ranks(sum(str(step.folder).encode()), best=6 if is_grm else 12)
         np.savez(step.folder / "ranks-test.npz", **vars(ranks))
@@ -99,6 +105,7 @@ def test_a_comparison_trains_each_run_with_each_seed_once(recipe, calls, tmp_pat
     card = (tmp_path / "runs" / "grm-seed1" / "README.md").read_text().partition("## Beside other aligners")[2]
     assert f"| **grm** | 2 | {np.mean(row['rsum']):.1f} ± {np.std(row['rsum'], ddof=1):.1f} |" in card
     assert "| plain | 2 | " in card and "On somewhere, split test" in card
+    assert (result["date"], result["hardware"]) == (RECORD["date"], RECORD["hardware"])  # not those of this call
     calls.clear()
     shutil.rmtree(tmp_path / "runs")  # the records beside the results are enough
     assert compare.main([str(recipe)])["runs"] == result["runs"] and calls == []
@@ -127,17 +134,30 @@ def test_an_interrupted_comparison_goes_on(recipe, calls, monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("file", "old", "new"), [("compare.yaml", "max_mean", "chan"), ("base.yaml", "where", "where else")]
 )
-def test_a_folder_of_other_settings_is_refused(recipe, calls, tmp_path, file, old, new):
+def test_a_folder_of_other_settings_is_refused(recipe, calls, tmp_path, capsys, file, old, new):
     compare.main([str(recipe)])
     changed = recipe.parent / file
     changed.write_text(changed.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=r"plain-seed0 holds a run of other settings .* Delete it, or change `output_dir`"):
-        compare.main([str(recipe)])
+    told = r"plain-seed0 holds a run of other settings (.|\n)*Delete it, or change `output_dir`"
+    refuses(recipe, capsys, told)
     shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(
-        ValueError, match=r"results.runs.plain-seed0 holds a run of other settings .*, or change `results_dir`"
-    ):
+    refuses(recipe, capsys, r"results.runs.plain-seed0 holds a run of other settings (.|\n)*, or change `results_dir`")
+
+
+def refuses(recipe, capsys, told):
+    with pytest.raises(SystemExit):
         compare.main([str(recipe)])
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_a_record_holds_wherever_its_data_lie(recipe, calls, tmp_path):
+    compare.main([str(recipe)])
+    shutil.rmtree(tmp_path / "runs")
+    calls.clear()
+    base = recipe.parent / "base.yaml"
+    base.write_text(base.read_text().replace("dataset: somewhere", "dataset: /elsewhere/somewhere"))
+    compare.main([str(recipe)])
+    assert calls == []
 
 
 @pytest.mark.parametrize(
@@ -145,12 +165,21 @@ def test_a_folder_of_other_settings_is_refused(recipe, calls, tmp_path, file, ol
     [
         ("seeds:", "seed:", "must have exactly the fields"),
         ("- plain", "- vse", r"`baselines` of .* names \['vse'\], which are not among `runs`: \['plain', 'grm'\]"),
+        ("seeds:\n- 0\n- 1", "seeds: 0", r"`seeds` of .* must be a list such as \[0, 1, 2\], got 0"),
+        ("    aligner: max_mean\n", "", r"`runs` of .*; wrong are \['plain'\]"),
+        ("aligner: max_mean", "aligner: null", r"`runs` of .*; wrong are \['plain'\]"),
+        ("base.yaml", "bass.yaml", r"`base` of .* names .*bass.yaml, which does not exist"),
+        ("split: test", "split: [", r"The recipe .* cannot be read"),
+        ("split: test", "split: test\npublished: {protocol: coco-5k, backbone: ViT, methods: {}}", "'ViT' stands not in"),
+        ("level_weights", "level_weight", r"unknown fields .*level_weight(.|\n)*the run grm has these settings"),
     ],
 )
-def test_a_bad_recipe_is_named(recipe, old, new, message):
-    recipe.write_text(recipe.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=message):
-        compare.main([str(recipe)])
+def test_a_bad_recipe_is_named_before_anything_is_trained(recipe, calls, capsys, old, new, message):
+    content = recipe.read_text()
+    assert old in content
+    recipe.write_text(content.replace(old, new))
+    refuses(recipe, capsys, message)
+    assert calls == []
 
 
 def test_one_run_each_is_the_paired_bootstrap():
@@ -215,7 +244,7 @@ def real_processes(monkeypatch, tmp_path):
     head = (
         "import json, os, pathlib, shutil, sys, time\n"
         "script, folder = sys.argv[1], pathlib.Path(sys.argv[2])\n"
-        "(folder / 'metrics.json').write_text(json.dumps({'hours': 0.25, 'diagnostics': {}}))\n"
+        f"(folder / 'metrics.json').write_text(json.dumps({RECORD | {'diagnostics': {}}}))\n"
         f"shutil.copy({str(tmp_path / 'ranks.npz')!r}, folder / 'ranks-test.npz')\n"
     )
     return lambda body: script.write_text(head + body)
@@ -249,7 +278,8 @@ def test_a_failed_run_ends_the_others_and_is_named(recipe, real_processes, tmp_p
         assert not (tmp_path / "runs" / "grm-seed0" / "complete").exists()
 
 
-def test_an_interrupt_ends_the_process(recipe, real_processes, monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process(recipe, real_processes, monkeypatch, tmp_path, number):
     real_processes("(folder / 'started').touch()\ntime.sleep(60)\n")
     started, sleep = tmp_path / "runs" / "plain-seed0" / "started", jobs_module.time.sleep
     processes, start = [], jobs_module._start
@@ -257,12 +287,13 @@ def test_an_interrupt_ends_the_process(recipe, real_processes, monkeypatch, tmp_
     def sleep_until_it_runs(seconds):
         sleep(seconds)
         if started.exists():
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(jobs_module.time, "sleep", sleep_until_it_runs)
     monkeypatch.setattr(jobs_module, "_start", lambda *args: processes.append(start(*args)) or processes[-1])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
         compare.main([str(recipe)])
+    assert caught.type is KeyboardInterrupt or caught.value.code == 128 + number
     assert [process.returncode for process in processes] == [-15]
 
 
@@ -270,4 +301,4 @@ def test_an_interrupt_ends_the_process(recipe, real_processes, monkeypatch, tmp_
 def test_a_bad_number_of_jobs_is_refused(recipe, jobs, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(recipe), "--jobs", jobs])
-    assert "--jobs must lie in 1.." in capsys.readouterr().err
+    assert "--jobs: must lie in 1.." in capsys.readouterr().err

@@ -79,6 +79,8 @@ def test_field_names_and_defaults_are_frozen():
         ({"margin": float("nan")}, "`margin` must be greater than 0 and finite, got nan"),
         ({"kl_weight": float("inf")}, "`kl_weight` must be at least 0 and finite, got inf"),
         ({"reconstruction_weight": -1.0}, "`reconstruction_weight` must be at least 0"),
+        ({"entropy_weight": float("nan")}, "`entropy_weight` must be finite, got nan"),
+        ({"patch_dropout": 0.2, "use_region_prompts": False}, "`patch_dropout` needs `use_region_prompts`"),
         ({"num_prefix_tokens": -1}, "`num_prefix_tokens` must be at least 0"),
         (
             {"level_weights": [0.5, 0.5]},

@@ -17,7 +17,7 @@ from processes import run_processes
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
-from granalign_hf.training import train
+from granalign_hf.training import launch, train
 from granalign_hf.training.arguments import RunArguments
 from granalign_hf.training.launch import _deepspeed_problems
 from granalign_hf.training.states import States
@@ -112,6 +112,7 @@ def shard(precision: str = "no") -> None:
 
 def sharded_in_bf16(rank: int, folder: Path) -> None:
     shard("bf16")
+    launch.cpu_has_bfloat16 = lambda: True  # slow as it may be
     original, dtypes = train.shared_loss, set()
 
     def shared_loss(model, tokens, *args):

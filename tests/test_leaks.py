@@ -60,7 +60,7 @@ def test_blocks_change_nothing(monkeypatch):
 
 def test_without_a_record_nothing_is_found_and_a_broken_one_is_named(tmp_path):
     data = split([picture(0)], "test")
-    assert leaks.find_leaks(data, tmp_path) == []
+    assert leaks.find_leaks(data, tmp_path) is None
     (tmp_path / leaks.FILE).write_text("nothing")
     with pytest.raises(ValueError, match=r"training_images.npz cannot be read .* Remove it"):
         leaks.find_leaks(data, tmp_path)
@@ -76,6 +76,20 @@ def test_a_run_records_its_images_and_an_evaluation_on_them_warns(tmp_path, capl
     assert result["num_images_trained_on"] == 8
     assert "8 of the 12 images were among the training images of this checkpoint" in caplog.text
     assert evaluate.main([folder, "--dataset", data, "--split", "validation"])["num_images_trained_on"] == 0
+    (Path(folder) / leaks.FILE).unlink()
+    assert evaluate.main([folder, "--dataset", data, "--split", "validation"])["num_images_trained_on"] is None
+    assert "images that the training had seen: not recorded" in (Path(folder) / "README.md").read_text()
+
+
+def test_a_run_records_what_its_checkpoint_was_trained_on_too(tmp_path):
+    first, second = split([picture(0), picture(1)], "first"), split([picture(1), picture(2)], "second")
+    before, after = tmp_path / "before", tmp_path / "after"
+    for folder, data, start in ((before, first, tmp_path / "none"), (after, second, before)):
+        folder.mkdir()
+        leaks.save_training_images(data, folder, start)
+    with np.load(after / leaks.FILE) as record:
+        assert len(record["image_ids"]) == len(record["hashes"]) == 3
+    assert len(leaks.find_leaks(first, after)) == 2 and len(leaks.find_leaks(second, before)) == 1
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_launch import RUN
 
-from granalign_hf.training import launch, runtime, train
+from granalign_hf.training import launch, train
 
 ONE = [*RUN, "--batch_size", "8", "--aligner", "grm"]
 
@@ -38,6 +38,7 @@ class HalfOnCPU(Accelerator):
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_every_precision_trains_with_losses_in_float32(precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "cpu_has_bfloat16", lambda: True)
     if precision == "fp16":
         monkeypatch.setattr(launch, "Accelerator", HalfOnCPU)
     shared_loss, seen = train.shared_loss, set()
@@ -61,19 +62,34 @@ def test_every_precision_trains_with_losses_in_float32(precision, tmp_path, monk
     monkeypatch.setattr(train, "shared_loss", watched)
     state = train.main([*ONE, "--mixed_precision", precision, "--output_dir", str(tmp_path)])
     assert seen == {torch.float32}
-    half = torch.bfloat16 if runtime.cpu_has_bfloat16() else torch.float32
-    assert {"no": torch.float32, "bf16": half, "fp16": torch.float16}[precision] in dtypes
+    assert {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision] in dtypes
     assert all(math.isfinite(record["loss"]) for record in state["history"])
     assert state["history"][1]["reconstruction"] != state["history"][0]["reconstruction"]
 
 
-@pytest.mark.parametrize("has_bfloat16", [False, True])
-def test_bf16_is_float32_where_the_cpu_has_no_instructions_for_it(has_bfloat16, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("has_gpu", "forced_to_cpu", "has_bfloat16", "expected"),
+    [
+        (False, False, False, "no"),
+        (False, False, True, "bf16"),
+        (True, False, False, "bf16"),
+        (True, True, False, "no"),
+        (True, True, True, "bf16"),
+    ],
+)
+def test_bf16_is_float32_where_a_cpu_has_no_instructions_for_it(has_gpu, forced_to_cpu, has_bfloat16, expected, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", str(forced_to_cpu).lower())
     monkeypatch.setattr(launch, "cpu_has_bfloat16", lambda: has_bfloat16)
+    assert launch.supported_precision("bf16") == expected
+    assert (launch.supported_precision("fp16"), launch.supported_precision("no")) == ("fp16", "no")
+
+
+def test_a_run_tells_that_it_computes_in_float32(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(launch, "supported_precision", lambda precision: "no")
     train.main([*ONE, "--mixed_precision", "bf16", "--epochs", "1", "--output_dir", str(tmp_path)])
-    record = json.loads((tmp_path / "metrics.json").read_text())
-    assert record["mixed_precision"] == ("bf16" if has_bfloat16 else "no")
-    assert ("computes in float32" in caplog.text) is not has_bfloat16
+    assert json.loads((tmp_path / "metrics.json").read_text())["mixed_precision"] == "no"
+    assert "computes in float32" in caplog.text
 
 
 def poison(monkeypatch, is_due, factor: float) -> list[torch.Tensor]:

@@ -171,7 +171,7 @@ def test_a_new_run_does_not_remove_one_that_was_stopped(tmp_path):
 
 def test_a_new_checkpoint_leaves_nothing_of_the_old_one(tmp_path):
     old = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "metrics.json", "README.md"]
-    for name in [*old, "metrics-test.json", "ranks-test.npz", "uncertainty-test.json", "notes.txt"]:
+    for name in [*old, "metrics-test.json", "ranks-test.npz", "uncertainty-test.json", "training_images.npz", "notes.txt"]:
         (tmp_path / name).write_text("old")
     (tmp_path / "new").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):

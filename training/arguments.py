@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
+from decimal import Decimal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -256,8 +257,14 @@ def as_words(settings: dict) -> list[str]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+        words += [f"--{name}", *map(_as_word, values)]
     return words
+
+
+def _as_word(value: object) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{Decimal(str(value)):f}"  # argparse takes -1e-05 for an option
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _source_problems(run: RunArguments, where: Callable[[str], str]) -> list[str]:

@@ -16,6 +16,7 @@ from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
 from granalign_hf.training.arguments import RunArguments
 from granalign_hf.training.data import CaptionedImages
+from granalign_hf.training.leaks import FILE as TRAINING_IMAGES
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
@@ -26,7 +27,7 @@ from granalign_hf.training.tuning import merged_state
 # What tells of the weights of before, and these.
 REPLACED = (
     *("metrics*.json", "ranks-*.npz", *(f"{kind}-*.json" for kind in SECTIONS), "demo.png", "README.md"),
-    "model*.safetensors*",
+    *("model*.safetensors*", TRAINING_IMAGES),
 )
 
 

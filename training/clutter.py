@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from granalign_hf import GranAlignModel, GranAlignProcessor
 from granalign_hf.evaluation import fold_ranks
-from granalign_hf.training.compare import Comparison, markdown_table, run_folder, run_settings
+from granalign_hf.training.compare import markdown_table, read_comparison, run_folder, run_settings
 from granalign_hf.training.data import CaptionedImages, drawn_scenes
 from granalign_hf.training.demo import GALLERY, pointing
 from granalign_hf.training.plot import plot_curves
@@ -36,14 +36,17 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description="Measures the runs of a comparison on more and more cluttered scenes.")
     parser.add_argument("recipe", type=Path)
     recipe = parser.parse_args(argv).recipe
-    comparison = Comparison.read(recipe)
+    comparison = read_comparison(parser, recipe)
+    settings = [run_settings(comparison, name, seed) for name in comparison.runs for seed in comparison.seeds]
+    if other := {one["dataset"] for one in settings} - {"scenes"}:
+        parser.error(f"clutter is measured on drawn scenes; the runs of {recipe} are of {', '.join(sorted(other))}")
     folders = {name: [run_folder(comparison, name, seed) for seed in comparison.seeds] for name in comparison.runs}
     missing = [str(folder) for runs in folders.values() for folder in runs if not (folder / "complete").is_file()]
     if missing:
-        parser.error(f"not trained yet: {', '.join(missing)}; run python training/compare.py {recipe} first")
-    for name in comparison.runs:
-        for seed in comparison.seeds:
-            run_settings(comparison, name, seed)  # refuses checkpoints of another recipe
+        parser.error(
+            f"not trained yet: {', '.join(missing)}; run python training/compare.py {recipe} first (what is "
+            f"recorded in {comparison.results_dir}/runs it takes for done: move that away)"
+        )
     folder = Path(comparison.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
     set_up_torch("highest")

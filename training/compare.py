@@ -4,7 +4,8 @@
 
 Each run is a call of train.py (and of evaluate.py, where the split is not the one that selects the epoch) in a folder of its
 own. Started again, it skips what is finished and resumes what was interrupted. Of a finished run its settings, metrics and
-ranks stay beside the results, so that further runs are compared with it wherever those files are, without its checkpoint.
+ranks stay beside the results, in `results_dir`/runs, so that further runs are compared with it wherever those files are,
+without its checkpoint; to train again what is recorded there, move that folder away.
 Several jobs share the cores and write what they show to `train.log` and `evaluate.log` in the folders of their runs: small
 models gain by it.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import shutil
@@ -27,13 +27,15 @@ import yaml
 from granalign_hf import card_sections
 from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
 from granalign_hf.model_card import write_model_card
-from granalign_hf.training.arguments import DataArguments, as_words
+from granalign_hf.training.arguments import DataArguments, as_words, parse_arguments
 from granalign_hf.training.jobs import Step, finish
 from granalign_hf.training.plot import plot_comparison
 from granalign_hf.training.protocols import read_ranks
-from granalign_hf.training.runtime import available_cores, hardware, portable
+from granalign_hf.training.runtime import available_cores, portable
+from granalign_hf.training.states import write_whole
 
 COLUMNS = ("rsum", "image_to_text_r1", "text_to_image_r1")
+PLACES = ("dataset", "image_folder", "vision_encoder", "text_encoder")
 
 
 @dataclass
@@ -52,32 +54,66 @@ class Comparison:
 
     @classmethod
     def read(cls, path: Path) -> Comparison:
-        """Raises ValueError: a field is missing or unknown, or a baseline is no run."""
-        content = yaml.safe_load(path.read_text())
+        """Raises ValueError: it cannot be read, a field is missing, unknown or of no use, or a baseline is no run."""
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}") from error
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(content, dict) or {*content, "published"} != {*names}:
             raise ValueError(
                 f"{path} must have exactly the fields {names} (`published` may be absent), got {sorted(content or ())}."
             )
         comparison = cls(**content)
+        if not isinstance(comparison.seeds, list) or not comparison.seeds:
+            raise ValueError(f"`seeds` of {path} must be a list such as [0, 1, 2], got {comparison.seeds!r}.")
+        wrong = [n for n, own in comparison.runs.items() if not isinstance(own, dict) or None in own.values()]
+        if wrong:
+            raise ValueError(f"`runs` of {path} must be name: {{field: value}}, {{}} for the base alone; wrong are {wrong}.")
         missing = [name for name in comparison.baselines if name not in comparison.runs]
         if missing:
             raise ValueError(f"`baselines` of {path} names {missing}, which are not among `runs`: {list(comparison.runs)}.")
         comparison.base = str(path.parent / comparison.base)
+        if not Path(comparison.base).is_file():
+            raise ValueError(f"`base` of {path} names {comparison.base}, which does not exist.")
+        if comparison.published is not None:
+            try:
+                published_rsum(**comparison.published)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"`published` of {path}: {error} stands not in published.yaml.") from error
         return comparison
+
+
+def read_comparison(parser: argparse.ArgumentParser, recipe: Path) -> Comparison:
+    """A recipe from the command line, and what is on disk of its runs; ends the program where they do not fit."""
+    try:
+        comparison = Comparison.read(recipe)
+        for name, seed in itertools.product(comparison.runs, comparison.seeds):
+            run_settings(comparison, name, seed)
+    except ValueError as error:
+        parser.error(str(error))
+    return comparison
+
+
+def add_jobs(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--jobs` of a script that has several processes do its work."""
+    cores = len(available_cores())
+
+    def number(text: str) -> int:
+        if not text.isdigit() or not 1 <= int(text) <= cores:
+            raise argparse.ArgumentTypeError(f"must lie in 1..{cores}, the number of cores, got {text}")
+        return int(text)
+
+    parser.add_argument("--jobs", type=number, default=1, help=f"{what} at a time; each has its share of the cores.")
 
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description="Trains and compares the runs of a recipe (compare-*.yaml).")
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time; each has its share of the cores.")
+    add_jobs(parser, "Runs")
     arguments = parser.parse_args(argv)
-    cores = available_cores()
-    if not arguments.recipe.is_file():
-        parser.error(f"the recipe {arguments.recipe} does not exist")
-    if not 1 <= arguments.jobs <= len(cores):
-        parser.error(f"--jobs must lie in 1..{len(cores)}, the number of cores, got {arguments.jobs}")
-    comparison = Comparison.read(arguments.recipe)
+    comparison = read_comparison(parser, arguments.recipe)
+    refuse_wrong_runs(parser, comparison)
     command = f"python training/compare.py {arguments.recipe}" + (f" --jobs {arguments.jobs}" if arguments.jobs > 1 else "")
     finished: set[tuple[int, str]] = set()
     # Seed by seed, so that an interrupted comparison has all runs of its first seeds.
@@ -106,6 +142,29 @@ def write_cards(comparison: Comparison, result: dict) -> None:
             write_model_card(folder)
 
 
+def refuse_wrong_runs(parser: argparse.ArgumentParser, comparison: Comparison) -> None:
+    """Ends the program, before anything is trained, if train.py would refuse a run that is not recorded yet."""
+    for name in comparison.runs:
+        waiting = [seed for seed in comparison.seeds if not is_recorded(comparison, name, seed)]
+        if waiting:
+            try:
+                parse_arguments(train_words(comparison, name, waiting[0]))
+            except SystemExit:
+                parser.error(f"the run {name} has these settings")
+
+
+def is_recorded(comparison: Comparison, name: str, seed: int) -> bool:
+    """Whether all of a run that the results need stands beside them."""
+    return (record_folder(comparison, name, seed) / f"ranks-{comparison.split}.npz").is_file()
+
+
+def train_words(comparison: Comparison, name: str, seed: int) -> list[str]:
+    """The command line of train.py for a run."""
+    whole = run_settings(comparison, name, seed)
+    own = (*comparison.runs[name], *(["checkpoint"] if "checkpoint" in whole else []), "seed", "output_dir")
+    return [comparison.base, *as_words({field: whole[field] for field in own})]
+
+
 def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step]:
     """What is still to be done for a run; each step is asked for when the one before has succeeded.
 
@@ -114,17 +173,21 @@ def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step
     """
     folder, record = run_folder(comparison, name, seed), record_folder(comparison, name, seed)
     whole, ranks = run_settings(comparison, name, seed), f"ranks-{comparison.split}.npz"
-    if (record / ranks).is_file():
+    if is_recorded(comparison, name, seed):
         return
     if not (folder / "complete").is_file():
         is_started = (folder / "settings.json").is_file() and any(folder.glob("state/*/progress.json"))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(whole, indent=1))
-        own = as_words({name: whole[name] for name in (*comparison.runs[name], "seed", "output_dir")})
-        yield Step("train", [comparison.base, *own, *(["--resume", "true"] if is_started else [])], folder)
+        write_whole(folder / "settings.json", json.dumps(whole, indent=1))
+        words = train_words(comparison, name, seed)
+        yield Step("train", [*words, *(["--resume", "true"] if is_started else [])], folder)
         (folder / "complete").touch()
     if not (folder / ranks).is_file():
-        yield Step("evaluate", [str(folder), *data_words(comparison, name, seed)], folder)
+        words = [str(folder), *data_words(comparison, name, seed)]
+        if comparison.published is not None:
+            output = folder / f"metrics-{comparison.split}.json"  # else its name would be that of the protocol
+            words += ["--protocol", comparison.published["protocol"], "--output", str(output)]
+        yield Step("evaluate", words, folder)
     for file in ("settings.json", "metrics.json", ranks):  # the ranks last: they say that the record is complete
         keep(folder / file, record)
 
@@ -156,9 +219,15 @@ def run_settings(comparison: Comparison, name: str, seed: int) -> dict:
         whole["checkpoint"] = whole["checkpoint"].format(seed=seed)
     for place, field in ((folder, "output_dir"), (record_folder(comparison, name, seed), "results_dir")):
         settings = place / "settings.json"
-        if settings.is_file() and json.loads(settings.read_text()) != whole:
+        # Of a record only the last part of a path counts: it may have been made elsewhere.
+        told = dict if place == folder else _without_places
+        if settings.is_file() and told(json.loads(settings.read_text())) != told(whole):
             raise ValueError(f"{place} holds a run of other settings ({settings}). Delete it, or change `{field}`.")
     return whole
+
+
+def _without_places(settings: dict) -> dict:
+    return {name: Path(value).name if name in PLACES and value else value for name, value in settings.items()}
 
 
 def _ranks(comparison: Comparison, name: str, finished: set[tuple[int, str]]) -> list[RetrievalRanks]:
@@ -177,20 +246,26 @@ def record_folder(comparison: Comparison, name: str, seed: int) -> Path:
     return Path(comparison.results_dir) / "runs" / f"{name}-seed{seed}"
 
 
+def _record(comparison: Comparison, name: str, seed: int) -> dict:
+    """metrics.json of a recorded run."""
+    return json.loads((record_folder(comparison, name, seed) / "metrics.json").read_text())
+
+
 def write_results(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], command: str) -> None:
     """table.md, results.json and results.png of the runs that are there, whatever their number of seeds."""
     folder = Path(comparison.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: _row(comparison, ranks, name) for name in ranks}
+    records = [_record(comparison, name, seed) for name in ranks for seed in comparison.seeds[: len(ranks[name])]]
     result = {
         "command": command,
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
+        "date": max(record["date"] for record in records),  # of the last run
+        "hardware": ", ".join(sorted({record["hardware"] for record in records})),
         "split": comparison.split,
         "seeds": comparison.seeds,
         "runs": rows,
     }
-    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "results.json", json.dumps(result, indent=1) + "\n")
     (folder / "table.md").write_text(table(rows, comparison.baselines, comparison.diagnostics))
     plot_comparison({name: row["rsum"] for name, row in rows.items()}, folder / "results.png")
 
@@ -198,10 +273,7 @@ def write_results(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]]
 def _row(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], name: str) -> dict:
     metrics = [ranks_to_metrics(r) for r in ranks[name]]
     row: dict = {"settings": comparison.runs[name], **{c: [m[c] for m in metrics] for c in COLUMNS}}
-    records = [
-        json.loads((record_folder(comparison, name, seed) / "metrics.json").read_text())
-        for seed in comparison.seeds[: len(metrics)]
-    ]
+    records = [_record(comparison, name, seed) for seed in comparison.seeds[: len(metrics)]]
     row["hours"] = [record["hours"] for record in records]
     row["diagnostics"] = {
         diagnostic: statistics.mean(record["diagnostics"][diagnostic] for record in records)

@@ -17,9 +17,17 @@ from typing import Any
 
 from granalign_hf.calibration import WAYS
 from granalign_hf.card_sections import BASELINES, mean_and_spread
-from granalign_hf.training.compare import Comparison, data_words, keep, markdown_table, record_folder, run_folder
+from granalign_hf.training.compare import (
+    Comparison,
+    add_jobs,
+    data_words,
+    keep,
+    markdown_table,
+    read_comparison,
+    record_folder,
+    run_folder,
+)
 from granalign_hf.training.jobs import Step, finish
-from granalign_hf.training.runtime import available_cores
 
 # What is measured -> its figures.
 MEASURES = {"grounding": ("pointing", "corner_share", "auroc"), "foils": ("foils",), "uncertainty": WAYS}
@@ -32,13 +40,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--phrase_boxes", help="As in evaluate.py.")
     parser.add_argument("--measures", nargs="+", choices=[*MEASURES], default=[*MEASURES], help="Default: all of them.")
-    parser.add_argument("--jobs", type=int, default=1, help="Evaluations at a time; each has its share of the cores.")
+    add_jobs(parser, "Evaluations")
     arguments = parser.parse_args(argv)
-    if not arguments.recipe.is_file():
-        parser.error(f"the recipe {arguments.recipe} does not exist")
-    if not 1 <= arguments.jobs <= len(available_cores()):
-        parser.error(f"--jobs must lie in 1..{len(available_cores())}, the number of cores, got {arguments.jobs}")
-    comparison = Comparison.read(arguments.recipe)
+    comparison = read_comparison(parser, arguments.recipe)
     runs = [
         (seed, name)
         for seed in sorted(comparison.seeds)

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.graphs is not None:
         run_graphs(model, args.graphs, parser)
     located = None if args.task == "retrieval" else load_phrases(args, data, parser)
-    leaks = find_leaks(data, folder) if accelerator.is_main_process else []  # first: a broken record costs no evaluation
+    leaks = find_leaks(data, folder) if accelerator.is_main_process else None  # first: a broken record costs no evaluation
     model.to(accelerator.device)
     started = time.perf_counter()
     if located is None:
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
         "protocol": protocol_in_words(args, data),
         "num_images": len(data),
         "num_captions": len(data.caption_image_index),
-        "num_images_trained_on": len(leaks),
+        "num_images_trained_on": None if leaks is None else len(leaks),  # null: it is not known what it was trained on
         "matmul_precision": args.matmul_precision,
         "seconds": round(time.perf_counter() - started, 1),
         "date": datetime.date.today().isoformat(),
@@ -179,7 +179,7 @@ def load_data(args: EvaluateArguments, parser: SettingsParser) -> CaptionedImage
     try:
         data = load_split(args.dataset, args.split, **args.load_options).first(args.max_images)
         if args.protocol is not None:
-            PROTOCOLS[args.protocol].check(data, args.dataset, args.split)
+            data = PROTOCOLS[args.protocol].select(data, args.dataset, args.split)
     except ValueError as error:
         parser.error(str(error))
     return data

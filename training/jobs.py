@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Generic, NamedTuple, TypeVar
 
 from granalign_hf.training.runtime import available_cores, pin
@@ -41,8 +44,8 @@ class _Job(Generic[_Run]):
 def finish(work: list[tuple[_Run, Iterator[Step]]], jobs: int) -> Iterator[_Run]:
     """Takes the steps of each run, `jobs` processes at a time; gives each run when it is finished.
 
-    The next step of a run is asked for when the one before has succeeded. Whatever ends it, a failure or an interrupt, ends
-    the processes too.
+    The next step of a run is asked for when the one before has succeeded. Whatever ends it, a failure, Ctrl-C or SIGTERM,
+    ends the processes too.
 
     Raises:
         RuntimeError: a process failed; the message names its log. And what the steps raise.
@@ -51,7 +54,7 @@ def finish(work: list[tuple[_Run, Iterator[Step]]], jobs: int) -> Iterator[_Run]
     free = [cores[job::jobs] if jobs > 1 else None for job in range(jobs)]
     waiting = list(work)
     active: dict[subprocess.Popen, _Job[_Run]] = {}
-    try:
+    with _sigterm_raises(), _ended(active):
         while waiting or active:
             while waiting and free:
                 run, steps = waiting.pop(0)
@@ -71,10 +74,31 @@ def finish(work: list[tuple[_Run, Iterator[Step]]], jobs: int) -> Iterator[_Run]
                     )
                 free.append(job.cores)
                 waiting.insert(0, (job.run, job.steps))
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """While it is open, SIGTERM raises SystemExit, so that what is started is ended too."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
     finally:
-        for process in active:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _ended(processes: Collection[subprocess.Popen]) -> Iterator[None]:
+    """Ends the processes that are there when it is closed."""
+    try:
+        yield
+    finally:
+        for process in processes:
             process.terminate()
-        for process in active:
+        for process in processes:
             process.wait()
 
 

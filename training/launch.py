@@ -6,11 +6,11 @@ from datetime import timedelta
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from granalign_hf.training.arguments import RunArguments
-from granalign_hf.training.runtime import cpu_has_bfloat16, has_accelerator
+from granalign_hf.training.runtime import computes_on_cpu, cpu_has_bfloat16
 
 logger = get_logger(__name__)
 
@@ -18,15 +18,11 @@ logger = get_logger(__name__)
 def start_accelerator(run: RunArguments) -> Accelerator:
     """The accelerator of a run, in every process.
 
-    On a CPU without instructions for bf16, where a product takes a hundred times as long, float32 takes its place.
-
     Raises:
         ValueError: what was launched contradicts the settings; the message names both.
     """
-    on_cpu = not has_accelerator() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    is_emulated = run.mixed_precision == "bf16" and on_cpu and not cpu_has_bfloat16()
     accelerator = Accelerator(
-        mixed_precision="no" if is_emulated else run.mixed_precision,
+        mixed_precision=supported_precision(run.mixed_precision),
         log_with=None if run.report_to == ["none"] else run.report_to,
         project_dir=run.output_dir,
         step_scheduler_with_optimizer=False,  # else it takes a step for every process, not one for all of them
@@ -38,14 +34,19 @@ def start_accelerator(run: RunArguments) -> Accelerator:
     )
     if problems := _problems(run, accelerator):
         raise ValueError("\n".join(problems))
-    if is_emulated:
+    if accelerator.mixed_precision != run.mixed_precision:
         logger.warning(
-            "`mixed_precision` bf16: this CPU has no instructions for bfloat16, with which a product would take a hundred "
-            "times as long. The run computes in float32, and its record says so."
+            f"`mixed_precision` {run.mixed_precision}: this CPU has no instructions for bfloat16, with which a product "
+            "would take a hundred times as long. The run computes in float32, and its record says so."
         )
     if plugin := getattr(accelerator.state, "fsdp_plugin", None):
         plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast alone rounds: tokens and gradients stay float32
     return accelerator
+
+
+def supported_precision(mixed_precision: str) -> str:
+    """`no` in the place of `bf16` on a CPU without instructions for it, where a product takes a hundred times as long."""
+    return "no" if mixed_precision == "bf16" and computes_on_cpu() and not cpu_has_bfloat16() else mixed_precision
 
 
 def _problems(run: RunArguments, accelerator: Accelerator) -> list[str]:

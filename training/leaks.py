@@ -51,28 +51,41 @@ def image_hashes(data: CaptionedImages, is_quiet: bool = False) -> np.ndarray:
     return np.stack([hash_of(data.image(number)) for number in numbers])
 
 
-def save_training_images(data: CaptionedImages, folder: Path, is_quiet: bool = False) -> None:
-    """Records beside a checkpoint what it was trained on."""
-    np.savez(folder / FILE, image_ids=np.array(data.image_ids), hashes=image_hashes(data, is_quiet))
+def save_training_images(data: CaptionedImages, folder: Path, before: Path | None = None, is_quiet: bool = False) -> None:
+    """Records beside a checkpoint what it was trained on, and what the one `before` was that it started from."""
+    image_ids, hashes = np.array(data.image_ids), image_hashes(data, is_quiet)
+    if before is not None and (record := _read(before)) is not None:
+        image_ids, hashes = np.concatenate([image_ids, record[0]]), np.concatenate([hashes, record[1]])
+        hashes, first = np.unique(hashes, axis=0, return_index=True)
+        image_ids = image_ids[first]
+    np.savez(folder / FILE, image_ids=image_ids, hashes=hashes)
 
 
-def find_leaks(data: CaptionedImages, folder: Path) -> list[Leak]:
-    """The images of a split that a checkpoint was trained on; none where nothing is recorded beside it.
+def find_leaks(data: CaptionedImages, folder: Path) -> list[Leak] | None:
+    """The images of a split that a checkpoint was trained on; `None` where no record stands beside it.
 
     Raises:
         ValueError: the record cannot be read.
     """
-    if not (folder / FILE).is_file():
-        return []
-    try:
-        with np.load(folder / FILE, allow_pickle=False) as record:
-            image_ids, trained = record["image_ids"], record["hashes"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{folder / FILE} cannot be read ({error}). Remove it to evaluate without the check.") from error
+    record = _read(folder)
+    if record is None:
+        return None
+    image_ids, trained = record
     return [
         Leak(data.image_ids[number], str(image_ids[match]))
         for number, match in nearest(image_hashes(data, is_quiet=True), trained)
     ]
+
+
+def _read(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """(images,) ids and (images, 32) hashes."""
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        with np.load(folder / FILE, allow_pickle=False) as record:
+            return record["image_ids"], record["hashes"]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{folder / FILE} cannot be read ({error}). Remove it to do without the check.") from error
 
 
 def nearest(hashes: np.ndarray, others: np.ndarray) -> list[tuple[int, int]]:

@@ -83,8 +83,9 @@ def choice_problems(args, choices: Mapping[str, Sequence[str]]) -> list[str]:
     """One line for each field whose value, unless it is `None`, is not one of its choices."""
     values = {name: getattr(args, name) for name in choices}
     wrong = {name: value for name, value in values.items() if value is not None and value not in choices[name]}
-    in_yaml = {"False": " (YAML reads a bare no as false: write it in quotes)"}
-    return [
-        f"{name} must be one of {', '.join(choices[name])}, got {value}{in_yaml.get(value, '')}"
-        for name, value in wrong.items()
-    ]
+    problems = []
+    for name, value in wrong.items():
+        is_yaml_no = value == "False" and "no" in choices[name]
+        hint = " (YAML reads a bare no as false: write it in quotes)" if is_yaml_no else ""
+        problems.append(f"{name} must be one of {', '.join(choices[name])}, got {value}{hint}")
+    return problems

@@ -12,11 +12,14 @@ import numpy as np
 from granalign_hf.evaluation import RetrievalRanks, fold_ranks, ranks_to_metrics, retrieval_ranks
 from granalign_hf.training.data import CaptionedImages
 
+NUM_CAPTIONS = 5
+
 
 class Protocol(NamedTuple):
-    """A split of Karpathy and Fei-Fei (CVPR 2015), with every caption of its images, and the galleries that are ranked.
+    """A split of Karpathy and Fei-Fei (CVPR 2015), five captions of each image, and the galleries that are ranked.
 
-    Several galleries are folds of consecutive images, in the order of the data set; the figure is the mean over them.
+    A few images of MS-COCO have more, which the literature since VSE++ (BMVC 2018) leaves out. Several galleries are folds of
+    consecutive images, in the order of the data set; the figure is the mean over them.
     """
 
     name: str
@@ -24,16 +27,24 @@ class Protocol(NamedTuple):
     num_images: int
     num_folds: int = 1
 
-    def check(self, data: CaptionedImages, dataset: str, split: str) -> None:
-        """
+    def select(self, data: CaptionedImages, dataset: str, split: str) -> CaptionedImages:
+        """The images with the captions that count.
+
         Raises:
-            ValueError: it is not the split, or not the number of images, that the protocol is defined on.
+            ValueError: it is not the split, or not the number of images or captions, that the protocol is defined on.
         """
         if split != self.split or len(data) != self.num_images:
             raise ValueError(
                 f"The protocol {self.name} is defined on the {self.num_images} images of the split {self.split!r} "
                 f"(Karpathy), got {len(data)} images of {split!r} of {dataset}. Name that split, or leave `protocol` out."
             )
+        for image_id, captions in zip(data.image_ids, data.captions, strict=True):
+            if len(captions) < NUM_CAPTIONS:
+                raise ValueError(
+                    f"The protocol {self.name} is defined on {NUM_CAPTIONS} captions an image, but {image_id!r} of "
+                    f"{dataset} has {len(captions)}. Use a data set with all of them, or leave `protocol` out."
+                )
+        return dataclasses.replace(data, captions=[captions[:NUM_CAPTIONS] for captions in data.captions])
 
     def describe(self, num_captions: int) -> str:
         """In words, with the name."""
@@ -74,7 +85,10 @@ def save_ranks(path: Path, galleries: Sequence[RetrievalRanks]) -> None:
     for number, ranks in enumerate(galleries):
         suffix = f"_{number}" if len(galleries) > 1 else ""
         arrays |= {f"{name}{suffix}": values for name, values in dataclasses.asdict(ranks).items()}
-    np.savez_compressed(path, **arrays)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    unfinished.replace(path)
 
 
 def read_ranks(path: Path) -> RetrievalRanks:

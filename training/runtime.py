@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 
 def set_up_torch(matmul_precision: str, num_processes: int = 1) -> None:
@@ -17,13 +18,13 @@ def set_up_torch(matmul_precision: str, num_processes: int = 1) -> None:
         matmul_precision: `highest`, `high` or `medium`, see `torch.set_float32_matmul_precision`.
     """
     torch.set_float32_matmul_precision(matmul_precision)
-    if not torch.cuda.is_available():
+    if computes_on_cpu():
         torch.set_num_threads(max(len(available_cores()) // num_processes, 1))
 
 
-def has_accelerator() -> bool:
-    """Whether torch sees a GPU or the like."""
-    return torch.accelerator.is_available()
+def computes_on_cpu() -> bool:
+    """Whether Accelerate takes the CPU: there is nothing else, or `accelerate launch --cpu` says so."""
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def cpu_has_bfloat16() -> bool:
@@ -51,7 +52,7 @@ def portable(command: str) -> str:
 
 def hardware() -> str:
     """In words, for the record of a run."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not computes_on_cpu():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cores = len(available_cores())
     return f"{cores} CPU core{'s' if cores > 1 else ''} ({platform.machine()})"

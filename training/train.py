@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> dict:
     if accelerator.is_main_process:
         # Last, since no other process waits for it.
         if run.dataset != "scenes" and isinstance(training.train_data, CaptionedImages):
-            save_training_images(training.train_data, output)
+            before = None if run.checkpoint is None else Path(run.checkpoint)
+            save_training_images(training.train_data, output, before)
         print(f"best epoch {state['best_epoch']}: checkpoint and metrics in {output}")
         if training.publishing:
             training.publishing.finish()
