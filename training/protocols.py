@@ -18,8 +18,8 @@ NUM_CAPTIONS = 5
 class Protocol(NamedTuple):
     """A split of Karpathy and Fei-Fei (CVPR 2015), five captions of each image, and the galleries that are ranked.
 
-    A few images of MS-COCO have more, which the literature since VSE++ (BMVC 2018) leaves out. Several galleries are folds of
-    consecutive images, in the order of the data set; the figure is the mean over them.
+    A few images of MS-COCO have more, which the literature since VSE++ (BMVC 2018) leaves out. Several galleries are folds
+    of consecutive images, in the order of the data set; the figure is the mean over them.
     """
 
     name: str
