@@ -115,15 +115,17 @@ def main(argv: list[str] | None = None) -> dict:
     comparison = read_comparison(parser, arguments.recipe)
     refuse_wrong_runs(parser, comparison)
     command = f"python training/compare.py {arguments.recipe}" + (f" --jobs {arguments.jobs}" if arguments.jobs > 1 else "")
-    finished: set[tuple[int, str]] = set()
     # Seed by seed, so that an interrupted comparison has all runs of its first seeds.
     runs = [(seed, name) for seed in comparison.seeds for name in comparison.runs]
-    work = [(run, missing_steps(comparison, run[1], run[0])) for run in runs]
+    finished = {(seed, name) for seed, name in runs if is_recorded(comparison, name, seed)}
+    work = [(run, missing_steps(comparison, run[1], run[0])) for run in runs if run not in finished]
+    if finished:
+        print(f"--- recorded: {', '.join(f'{name}, seed {seed}' for seed, name in runs if (seed, name) in finished)}")
+        write_results(comparison, finished, portable(command))
     for seed, name in finish(work, arguments.jobs):
         print(f"--- {name}, seed {seed}: done", flush=True)
         finished.add((seed, name))
-        ranks = {name: _ranks(comparison, name, finished) for name in comparison.runs}
-        write_results(comparison, {n: r for n, r in ranks.items() if r}, portable(command))
+        write_results(comparison, finished, portable(command))
     result = json.loads((Path(comparison.results_dir) / "results.json").read_text())
     write_cards(comparison, result)
     print((Path(comparison.results_dir) / "table.md").read_text())
@@ -173,8 +175,6 @@ def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step
     """
     folder, record = run_folder(comparison, name, seed), record_folder(comparison, name, seed)
     whole, ranks = run_settings(comparison, name, seed), f"ranks-{comparison.split}.npz"
-    if is_recorded(comparison, name, seed):
-        return
     if not (folder / "complete").is_file():
         is_started = (folder / "settings.json").is_file() and any(folder.glob("state/*/progress.json"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,10 +251,11 @@ def _record(comparison: Comparison, name: str, seed: int) -> dict:
     return json.loads((record_folder(comparison, name, seed) / "metrics.json").read_text())
 
 
-def write_results(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], command: str) -> None:
-    """table.md, results.json and results.png of the runs that are there, whatever their number of seeds."""
+def write_results(comparison: Comparison, finished: set[tuple[int, str]], command: str) -> None:
+    """table.md, results.json and results.png of the runs (seed, name) that are there, whatever their number of seeds."""
     folder = Path(comparison.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    ranks = {name: of_run for name in comparison.runs if (of_run := _ranks(comparison, name, finished))}
     rows = {name: _row(comparison, ranks, name) for name in ranks}
     records = [_record(comparison, name, seed) for name in ranks for seed in comparison.seeds[: len(ranks[name])]]
     result = {
