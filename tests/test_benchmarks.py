@@ -96,15 +96,6 @@ def test_the_readme_tells_what_the_product_contributes():
     assert f"takes {min(gains):.1f} to {max(gains):.1f} times as long as oneDNN's kernel" in readme
 
 
-def test_the_readme_tells_the_effect_of_the_precision():
-    root = BENCHMARKS.parents[1]
-    folder, readme = root / "training" / "results" / "matmul-precision", " ".join((root / "README.md").read_text().split())
-    medium, highest = (json.loads((folder / f"{name}.json").read_text()) for name in ("medium", "highest"))
-    told = [f"rSum {medium['metrics']['rsum']:.1f} in {medium['seconds']:.0f} s, `highest` gives "]
-    told += [f"{highest['metrics']['rsum']:.1f} in {highest['seconds']:.0f} s"]
-    assert "".join(told) in readme
-
-
 def test_the_readme_tells_how_long_a_training_waits_for_pictures():
     readme = " ".join((BENCHMARKS.parents[1] / "README.md").read_text().split())
     figures = json.loads((BENCHMARKS / "data.json").read_text())

@@ -88,6 +88,11 @@ def test_named_columns_win(tmp_path):
     [
         ({"image": [RED]}, {"image": Image()}, "no caption column.*caption_column"),
         ({"caption": ["a"]}, {"caption": Value("string")}, "no image column.*image_column"),
+        (
+            {"filename": ["a.jpg"], "caption": ["a"]},
+            {"filename": Value("string"), "caption": Value("string")},
+            "no image column.*image_column`, the folder of the files that it names with `image_folder`",
+        ),
         ({"image": [RED, BLUE], "caption": ["a", " "]}, {"image": Image(), "caption": Value("string")}, "Row 1 .*empty"),
         ({"image": [RED], "caption": [None]}, {"image": Image(), "caption": Value("string")}, "Row 0 .*missing caption"),
         ({"image": [RED], "captions": [[]]}, {"image": Image(), "captions": List(Value("string"))}, "Row 0 .*missing"),

@@ -14,8 +14,11 @@ from tiny import TEXT, VISION, tiny_tokenizer
 from transformers import AutoModel, ViTImageProcessorPil
 
 from granalign_hf.card_sections import mean_and_spread
+from granalign_hf.training import evaluate
 from granalign_hf.training.arguments import parse_arguments
 from granalign_hf.training.columns import CAPTION_COLUMNS
+from granalign_hf.training.compare import Comparison, published_rsum
+from granalign_hf.training.protocols import PROTOCOLS
 from granalign_hf.training.scenes import draw_scene
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +59,22 @@ LINES = [line for kind, code in BLOCKS if kind == "bash" for line in code.strip(
 def test_command_line_runs(folder_with_demo, line):
     small = SMALL if "train.py" in line else ["--max_images", "12"]
     run_line(folder_with_demo, ["accelerate.commands.accelerate_cli", *shlex.split(line)[1:], *small])
+
+
+ON_OTHER_DATA = [line for kind, code in BLOCKS if kind == "shell" for line in code.strip().splitlines()]
+
+
+@pytest.mark.parametrize("line", ON_OTHER_DATA)
+def test_command_on_data_that_are_not_here_is_accepted(line, monkeypatch):
+    script, *words = line.removeprefix("accelerate launch ").removeprefix("python ").split()
+    monkeypatch.chdir(ROOT)
+    if script == "training/train.py":
+        parse_arguments(words)
+    elif script == "training/evaluate.py":
+        _parser, args, checkpoint = evaluate.parse_arguments(words)
+        assert checkpoint == words[0] and args.protocol in PROTOCOLS
+    else:
+        assert script == "training/compare.py" and len(Comparison.read(Path(*words)).runs) == 8
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("granalign ")])
@@ -136,7 +155,6 @@ PROSE = [  # the sentence with its figure in brackets, the file, the keys in it
     (r"test photographs with ([\d,]+) captions", f"{TUNED}/metrics-test.json", "num_captions"),
     (r"mean patch saliency on validation is ([\d.]+),", f"{FROZEN}/metrics.json", "diagnostics patch_saliency_mean"),
     (r"mean word saliency ([\d.]+),", f"{FROZEN}/metrics.json", "diagnostics word_saliency_mean"),
-    (r"two regions of an image is ([\d.]+\d)", f"{FROZEN}/metrics.json", "diagnostics region_mean_cosine"),
     (r"saliency is idle too, ([\d.]+) in the mean", f"{DEMO}/metrics.json", "diagnostics patch_saliency_mean"),
     (r"saliency is idle too, ([\d.]+) in the mean", f"{DEMO}/metrics.json", "diagnostics word_saliency_mean"),
     (r"regions differ, with a mean cosine of ([\d.]+\d)", f"{DEMO}/metrics.json", "diagnostics region_mean_cosine"),
@@ -171,6 +189,16 @@ def test_differences_of_the_prose_come_from_files():
     floor = f"reaches {rsum['max-mean']:.1f} ({to_floor['difference']:+.1f}, p = {to_floor['p_value']:.3f};"
     assert floor in prose and to_floor["p_value"] > 0.05
     assert f"average-pooled image: rSum {rsum['grm-paper-scale']:.1f}." in prose
+    scaled = grm["minus grm-paper-scale"]
+    assert (
+        f"two regions of an image is {grm['diagnostics']['region_mean_cosine']:.3f}, and rSum {scaled['difference']:.1f} "
+        f"higher, which may be chance (p = {scaled['p_value']:.3f})"
+    ) in prose
+    above_others = [rsum["grm"] - rsum[name] for name in ("vse-mean", "scan", "laps")]
+    assert "{:.1f} above average pooling, {:.1f} above SCAN, {:.1f} above LAPS".format(*above_others) in prose
+    printed = published_rsum("flickr30k-1k", "ViT-B-224", {n: n for n in ("GRM", "VSE++", "SCAN", "LAPS", "CHAN")})
+    gaps = [printed["GRM"] - printed[name] for name in ("VSE++", "SCAN", "LAPS", "CHAN")]
+    assert "{:.1f} above VSE++, {:.1f}, {:.1f}, and {:.1f} above CHAN)".format(*gaps) in prose
     points = measures["grm-paper-scale"]["pointing"][0]["all"]
     pointed = f"finds {points['densest']:.1f} % of {points['num_phrases']:,} phrases (the centre of the image: "
     assert f"{pointed}{points['image_center']:.1f})" in prose

@@ -68,9 +68,11 @@ def find_columns(
 def existing_column(kind: str, column: str | None, name: str, features: Features) -> str:
     """The column, if there is one of that name; pictures are images and nothing else."""
     if column is None or column not in features:
+        has_file_names = kind == "image" and any(n in features for n in FILE_NAME_COLUMNS)
+        folder = ", the folder of the files that it names with `image_folder`" if has_file_names else ""
         raise ValueError(
             f"The data set {name} has no {kind} column{'' if column is None else f' {column!r}'}; its columns are "
-            f"{list(features)}. Name it with `{kind}_column`"
+            f"{list(features)}. Name it with `{kind}_column`{folder}"
             + (", or that of the features of regions with `features_column`." if kind == "image" else ".")
         )
     if isinstance(features[column], Image) and kind != "image":
