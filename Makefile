@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/python -m granalign_hf.training.demo runs/demo-scenes
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -1,14 +1,13 @@
 """Training images that cannot be read are named, counted and left out, up to the share that is allowed."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from processes import run_processes
 from test_pictures import NOISE, PNG
 
 from granalign_hf.training import evaluate, train
@@ -81,8 +80,6 @@ def test_a_run_records_what_it_left_out(tmp_path):
 
 
 def one_of_two_processes(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": (folder / "port").read_text(), "ACCELERATE_USE_CPU": "true"}
     accelerator = Accelerator()
     readable = without_corrupt(load_split(str(folder / "data"), "train"), 0.1, 0)
     settings = {"batch_size": 2, "steps_per_epoch": 4, "shuffle_buffer": 4, "max_corrupt_share": 0.3}
@@ -98,10 +95,7 @@ def one_of_two_processes(rank: int, folder: Path) -> None:
 def test_two_processes_agree_on_what_is_left_out_and_share_a_stream(data, tmp_path):
     (tmp_path / "files").mkdir()
     data.table.to_parquet(tmp_path / "files" / "train.parquet")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(one_of_two_processes, (tmp_path,), nprocs=2)
+    run_processes(one_of_two_processes, 2, tmp_path)
     one, other = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(2))
     assert one["left out"] == other["left out"] == ["3.png", "10.png"]
     assert one["steps"] == other["steps"] == 4 and len(one["numbers"]) == len(other["numbers"]) == 8

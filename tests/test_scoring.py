@@ -1,8 +1,6 @@
 """Scores of a split block by block: the same for any batch size and number of processes, resumable, and small."""
 
 import json
-import os
-import socket
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
+from processes import run_processes
 from tiny import tiny_model, tiny_processor
 
 from granalign_hf.evaluation import retrieval_ranks
@@ -116,9 +115,6 @@ def test_images_with_one_caption_in_common_tie(tmp_path):
 
 
 def one_of_two_processes(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": (folder / "port").read_text(), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
     scoring.IMAGES_PER_BLOCK, scoring.CAPTIONS_PER_BLOCK = 5, 7
     accelerator = Accelerator()
     encoded, original = [], Encoder.images
@@ -127,15 +123,11 @@ def one_of_two_processes(rank: int, folder: Path) -> None:
     assert accelerator.num_processes == 2
     np.save(folder / f"scores-{rank}.npy", scores)
     (folder / f"rest-{rank}.json").write_text(json.dumps([encoded, diagnostics]))
-    accelerator.end_training()
 
 
 def test_two_processes_share_the_work_and_measure_the_same(tmp_path):
     expected = measured(tmp_path / "scores", 4)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(one_of_two_processes, (tmp_path,), nprocs=2)
+    run_processes(one_of_two_processes, 2, tmp_path)
     shares = []
     for rank in range(2):
         scores = np.load(tmp_path / f"scores-{rank}.npy")

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from processes import run_processes
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_processor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -232,19 +231,14 @@ def rates_of_a_run(argv: list[str]) -> list[float]:
 
 
 def one_of_two_processes(rank: int, folder: Path, argv: list[str]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": (folder / "port").read_text(), "ACCELERATE_USE_CPU": "true"}
     (folder / f"rates-{rank}.json").write_text(json.dumps(rates_of_a_run(argv)))
 
 
 def test_two_processes_follow_the_schedule_of_one(tmp_path):
     schedule = [*TINY, "--lr_scheduler", "cosine", "--lr_warmup_share", "0.3", "--max_eval_images", "4"]
     alone = rates_of_a_run([*schedule, "--output_dir", str(tmp_path / "alone"), "--batch_size", "8"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
     argv = [*schedule, "--output_dir", str(tmp_path / "both"), "--batch_size", "4"]
-    torch.multiprocessing.spawn(one_of_two_processes, (tmp_path, argv), nprocs=2)
+    run_processes(one_of_two_processes, 2, tmp_path, argv)
     assert len(alone) == 6 and len(set(alone)) > 3
     assert [json.loads((tmp_path / f"rates-{rank}.json").read_text()) for rank in range(2)] == [alone] * 2
     names = {path.name for path in (tmp_path / "both" / "state" / "step-6").iterdir()}
