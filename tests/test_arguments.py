@@ -17,11 +17,11 @@ from granalign_hf.training.arguments import (
     SCHEDULERS,
     ModelArguments,
     RunArguments,
-    as_words,
     parse_arguments,
     resolve,
 )
 from granalign_hf.training.compare import Comparison
+from granalign_hf.training.parser import as_words
 from granalign_hf.training.runtime import portable
 from granalign_hf.training.tables import data_problems
 from granalign_hf.training.train import make_scheduler

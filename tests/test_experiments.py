@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from granalign_hf.training import clutter
-from granalign_hf.training.arguments import as_words, parse_arguments
+from granalign_hf.training.arguments import parse_arguments
 from granalign_hf.training.compare import Comparison, published_rsum, table
 from granalign_hf.training.compare_measures import tables
+from granalign_hf.training.parser import as_words
 
 TRAINING = Path(__file__).parents[1] / "training"
 RESULTS = sorted(path.parent for path in TRAINING.glob("results/*/results.json"))

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
-from decimal import Decimal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from huggingface_hub import get_token
 from granalign_hf.hub import check_repo_id
 from granalign_hf.modeling.configuration_granalign import CALIBRATED_FIELDS, GranAlignConfig
 from granalign_hf.training.energy import energy_problems
-from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
+from granalign_hf.training.parser import SettingsParser, as_words, choice_problems, range_problems, setting
 from granalign_hf.training.problems import settle_fields
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo-scenes.yaml"
@@ -248,23 +247,6 @@ def _without_replaced_model(settings: dict, given: set[str]) -> dict:
         # They describe the recipe's model, not the one in the checkpoint, whose layers may have other shapes.
         replaced |= {f.name for f in dataclasses.fields(ModelArguments)}
     return {name: value for name, value in settings.items() if name not in replaced}
-
-
-def as_words(settings: dict) -> list[str]:
-    """Settings as they are typed on a command line, so that recipes go through the same checks."""
-    words = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(_as_word, values)]
-    return words
-
-
-def _as_word(value: object) -> str:
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{Decimal(str(value)):f}"  # argparse takes -1e-05 for an option
-    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _source_problems(run: RunArguments, where: Callable[[str], str]) -> list[str]:

@@ -27,8 +27,9 @@ import yaml
 from granalign_hf import card_sections
 from granalign_hf.evaluation import PairedDifference, RetrievalRanks, paired_bootstrap_of_runs, ranks_to_metrics
 from granalign_hf.model_card import write_model_card
-from granalign_hf.training.arguments import DataArguments, as_words, parse_arguments
+from granalign_hf.training.arguments import DataArguments, parse_arguments
 from granalign_hf.training.jobs import Step, finish
+from granalign_hf.training.parser import as_words
 from granalign_hf.training.plot import plot_comparison
 from granalign_hf.training.protocols import read_ranks
 from granalign_hf.training.runtime import available_cores, portable

@@ -1,13 +1,16 @@
-"""The parser of settings: dataclasses as options, every problem in one message, a line for each."""
+"""The parser of settings: dataclasses as options and settings as words; every problem in one message, a line for each."""
 
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import sys
 import typing
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
+from decimal import Decimal
 
 from transformers import HfArgumentParser
 
@@ -89,3 +92,20 @@ def choice_problems(args, choices: Mapping[str, Sequence[str]]) -> list[str]:
         hint = " (YAML reads a bare no as false: write it in quotes)" if is_yaml_no else ""
         problems.append(f"{name} must be one of {', '.join(choices[name])}, got {value}{hint}")
     return problems
+
+
+def as_words(settings: dict) -> list[str]:
+    """Settings as they are typed on a command line, so that recipes go through the same checks."""
+    words = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(_as_word, values)]
+    return words
+
+
+def _as_word(value: object) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{Decimal(str(value)):f}"  # argparse takes -1e-05 for an option
+    return json.dumps(value) if isinstance(value, dict) else str(value)
