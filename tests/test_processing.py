@@ -179,7 +179,6 @@ def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
         (np.zeros((0, 4, 3), np.uint8), r"Image 0 .* got ndarray of uint8 with shape \(0, 4, 3\)"),
         ([torch.zeros(4, 4)], r"Image 0 .* got Tensor of torch.float32 with shape \(4, 4\)"),
     ],
-    ids=str,
 )
 def test_what_is_no_image_is_refused_by_its_position(images, message):
     with pytest.raises(ValueError, match=message):
