@@ -150,6 +150,14 @@ def refuses(recipe, capsys, told):
     assert re.search(told, capsys.readouterr().err)
 
 
+def test_a_seed_before_those_that_are_recorded_is_trained(recipe, calls):
+    compare.main([str(recipe)])
+    calls.clear()
+    recipe.write_text(recipe.read_text().replace("seeds:\n- 0\n", "seeds:\n- 7\n- 0\n"))
+    result = compare.main([str(recipe)])
+    assert [call[0] for call in calls] == ["train", "evaluate"] * 2 and len(result["runs"]["grm"]["rsum"]) == 3
+
+
 def test_a_record_holds_wherever_its_data_lie(recipe, calls, tmp_path):
     compare.main([str(recipe)])
     shutil.rmtree(tmp_path / "runs")

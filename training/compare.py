@@ -53,6 +53,11 @@ class Comparison:
     runs: dict[str, dict]  # settings; `{seed}` in a checkpoint is the number of the seed
     published: dict | None = None  # protocol and backbone of published.yaml, and the method there of each run that has one
 
+    @property
+    def ranks_file(self) -> str:
+        """Name of the file with the ranks of a run on the split of the comparison."""
+        return f"ranks-{self.split}.npz"
+
     @classmethod
     def read(cls, path: Path) -> Comparison:
         """Raises ValueError: it cannot be read, a field is missing, unknown or of no use, or a baseline is no run."""
@@ -158,7 +163,7 @@ def refuse_wrong_runs(parser: argparse.ArgumentParser, comparison: Comparison) -
 
 def is_recorded(comparison: Comparison, name: str, seed: int) -> bool:
     """Whether all of a run that the results need stands beside them."""
-    return (record_folder(comparison, name, seed) / f"ranks-{comparison.split}.npz").is_file()
+    return (record_folder(comparison, name, seed) / comparison.ranks_file).is_file()
 
 
 def train_words(comparison: Comparison, name: str, seed: int) -> list[str]:
@@ -175,7 +180,7 @@ def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step
         ValueError: the folder holds a run of other settings.
     """
     folder, record = run_folder(comparison, name, seed), record_folder(comparison, name, seed)
-    whole, ranks = run_settings(comparison, name, seed), f"ranks-{comparison.split}.npz"
+    whole, ranks = run_settings(comparison, name, seed), comparison.ranks_file
     if not (folder / "complete").is_file():
         is_started = (folder / "settings.json").is_file() and any(folder.glob("state/*/progress.json"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +239,7 @@ def _without_places(settings: dict) -> dict:
 def _ranks(comparison: Comparison, name: str, finished: set[tuple[int, str]]) -> list[RetrievalRanks]:
     """Of the first seeds of a run, as far as they are finished."""
     seeds = itertools.takewhile(lambda seed: (seed, name) in finished, comparison.seeds)
-    return [read_ranks(record_folder(comparison, name, seed) / f"ranks-{comparison.split}.npz") for seed in seeds]
+    return [read_ranks(record_folder(comparison, name, seed) / comparison.ranks_file) for seed in seeds]
 
 
 def run_folder(comparison: Comparison, name: str, seed: int) -> Path:
@@ -257,12 +262,17 @@ def write_results(comparison: Comparison, finished: set[tuple[int, str]], comman
     folder = Path(comparison.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {name: of_run for name in comparison.runs if (of_run := _ranks(comparison, name, finished))}
-    rows = {name: _row(comparison, ranks, name) for name in ranks}
-    records = [_record(comparison, name, seed) for name in ranks for seed in comparison.seeds[: len(ranks[name])]]
+    if not ranks:  # only later seeds are there
+        return
+    records = {
+        name: [_record(comparison, name, seed) for seed in comparison.seeds[: len(of_run)]] for name, of_run in ranks.items()
+    }
+    rows = {name: _row(comparison, ranks, records[name], name) for name in ranks}
+    every = [record for of_run in records.values() for record in of_run]
     result = {
         "command": command,
-        "date": max(record["date"] for record in records),  # of the last run
-        "hardware": ", ".join(sorted({record["hardware"] for record in records})),
+        "date": max(record["date"] for record in every),  # of the last run
+        "hardware": ", ".join(sorted({record["hardware"] for record in every})),
         "split": comparison.split,
         "seeds": comparison.seeds,
         "runs": rows,
@@ -272,10 +282,9 @@ def write_results(comparison: Comparison, finished: set[tuple[int, str]], comman
     plot_comparison({name: row["rsum"] for name, row in rows.items()}, folder / "results.png")
 
 
-def _row(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], name: str) -> dict:
+def _row(comparison: Comparison, ranks: dict[str, list[RetrievalRanks]], records: list[dict], name: str) -> dict:
     metrics = [ranks_to_metrics(r) for r in ranks[name]]
     row: dict = {"settings": comparison.runs[name], **{c: [m[c] for m in metrics] for c in COLUMNS}}
-    records = [_record(comparison, name, seed) for seed in comparison.seeds[: len(metrics)]]
     row["hours"] = [record["hours"] for record in records]
     row["diagnostics"] = {
         diagnostic: statistics.mean(record["diagnostics"][diagnostic] for record in records)

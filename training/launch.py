@@ -21,8 +21,9 @@ def start_accelerator(run: RunArguments) -> Accelerator:
     Raises:
         ValueError: what was launched contradicts the settings; the message names both.
     """
+    precision = supported_precision(run.mixed_precision)
     accelerator = Accelerator(
-        mixed_precision=supported_precision(run.mixed_precision),
+        mixed_precision=precision,
         log_with=None if run.report_to == ["none"] else run.report_to,
         project_dir=run.output_dir,
         step_scheduler_with_optimizer=False,  # else it takes a step for every process, not one for all of them
@@ -34,7 +35,7 @@ def start_accelerator(run: RunArguments) -> Accelerator:
     )
     if problems := _problems(run, accelerator):
         raise ValueError("\n".join(problems))
-    if accelerator.mixed_precision != run.mixed_precision:
+    if precision != run.mixed_precision:
         logger.warning(
             f"`mixed_precision` {run.mixed_precision}: this CPU has no instructions for bfloat16, with which a product "
             "would take a hundred times as long. The run computes in float32, and its record says so."
