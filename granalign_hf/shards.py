@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .whole_files import write_whole
+
 SHARD_BYTES = 2**28  # a shard that is larger gets no further rows
 
 
@@ -82,9 +84,7 @@ class TokenShards:
     def _new(self, key: str) -> int:
         number = max(self._numbers(), default=-1) + 1
         self._file(number).touch()
-        unfinished = self.folder / "dtype.unfinished"
-        unfinished.write_text(key)
-        unfinished.replace(self._file(number).with_suffix(".json"))
+        write_whole(self._file(number).with_suffix(".json"), key)
         return number
 
     def _map(self, number: int, row: int) -> np.memmap:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from .engines import Engine
 from .engines.brute_force import BruteForce
 from .shards import TokenShards
+from .whole_files import write_whole
 
 OWN_NAMES = {"index.json.unfinished", "engine", "tokens", "write.lock"}  # of an index that was killed as it was made
 ENGINES = ("edge", "torch")  # of a folder
@@ -77,9 +78,7 @@ def create_storage(
     lock = _lock(folder)
     _claim(place, settings)
     storage = _open_folder(folder, settings, place, lock)
-    unfinished = folder / "index.json.unfinished"
-    unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-    unfinished.replace(folder / "index.json")
+    write_whole(folder / "index.json", json.dumps(settings, indent=2) + "\n")
     return storage
 
 

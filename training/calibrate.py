@@ -51,8 +51,8 @@ from granalign_hf.training.evaluate import load_checkpoint, part_name
 from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import Encoder, Measured, measured_split
-from granalign_hf.training.states import write_whole
 from granalign_hf.uncertainty import sampled_standard_errors
+from granalign_hf.whole_files import write_whole
 
 MIN_IMAGES = 10  # with fewer, no answer set holds the right one for 90 % of the queries
 SAMPLED_IMAGES = 100  # with as many captions; for the factor of the standard error

@@ -20,9 +20,10 @@ from granalign_hf.training.leaks import FILE as TRAINING_IMAGES
 from granalign_hf.training.plot import plot_history
 from granalign_hf.training.protocols import save_ranks
 from granalign_hf.training.record import run_record
-from granalign_hf.training.states import flush, one_clear_error, write_whole
+from granalign_hf.training.states import flush, one_clear_error
 from granalign_hf.training.streams import StreamedImages
 from granalign_hf.training.tuning import merged_state
+from granalign_hf.whole_files import write_whole
 
 # What tells of the weights of before, and these.
 REPLACED = (

@@ -33,7 +33,7 @@ from granalign_hf.training.parser import as_words
 from granalign_hf.training.plot import plot_comparison
 from granalign_hf.training.protocols import read_ranks
 from granalign_hf.training.runtime import available_cores, portable
-from granalign_hf.training.states import write_whole
+from granalign_hf.whole_files import whole_file, write_whole
 
 COLUMNS = ("rsum", "image_to_text_r1", "text_to_image_r1")
 PLACES = ("dataset", "image_folder", "vision_encoder", "text_encoder")
@@ -201,9 +201,8 @@ def missing_steps(comparison: Comparison, name: str, seed: int) -> Iterator[Step
 def keep(file: Path, record: Path) -> None:
     """A copy of a file in the folder of a record, whole or not at all."""
     record.mkdir(parents=True, exist_ok=True)
-    unfinished = record / f"{file.name}.tmp"
-    shutil.copy(file, unfinished)
-    unfinished.replace(record / file.name)
+    with whole_file(record / file.name) as unfinished:
+        shutil.copy(file, unfinished)
 
 
 def data_words(comparison: Comparison, name: str, seed: int) -> list[str]:

@@ -33,7 +33,7 @@ from granalign_hf.training.pointing import grounding_table, measure_grounding
 from granalign_hf.training.protocols import PROTOCOLS, gallery_ranks, mean_metrics, save_ranks
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import scored_split
-from granalign_hf.training.states import write_whole
+from granalign_hf.whole_files import write_whole
 
 logger = get_logger(__name__)
 

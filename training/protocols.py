@@ -11,6 +11,7 @@ import numpy as np
 
 from granalign_hf.evaluation import RetrievalRanks, fold_ranks, ranks_to_metrics, retrieval_ranks
 from granalign_hf.training.data import CaptionedImages
+from granalign_hf.whole_files import whole_file
 
 NUM_CAPTIONS = 5
 
@@ -85,10 +86,8 @@ def save_ranks(path: Path, galleries: Sequence[RetrievalRanks]) -> None:
     for number, ranks in enumerate(galleries):
         suffix = f"_{number}" if len(galleries) > 1 else ""
         arrays |= {f"{name}{suffix}": values for name, values in dataclasses.asdict(ranks).items()}
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("wb") as file:
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    unfinished.replace(path)
 
 
 def read_ranks(path: Path) -> RetrievalRanks:

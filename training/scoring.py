@@ -36,6 +36,7 @@ from granalign_hf.modeling.standard_errors import has_standard_errors, standard_
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.features import TokenFeatures, fingerprint
 from granalign_hf.uncertainty import entropy_bounds
+from granalign_hf.whole_files import write_whole
 
 IMAGE_TOKENS = (
     "patch_embeds", "patch_mask", "patch_saliency", "patch_logits", "region_assignment", "region_weights", "region_means",
@@ -212,7 +213,7 @@ def _score_blocks(encoder: Encoder, unfinished: list[range], folder: Path, state
     captions = Captions.of(encoder.data, encoder.processor.tokenizer)
     texts = _encode_captions(encoder, captions, state)
     if state.is_main_process:
-        _write_moments(folder / "captions.json", _text_moments(captions, texts))
+        write_whole(folder / "captions.json", json.dumps(_text_moments(captions, texts)))
     mine = unfinished[state.process_index :: state.num_processes]
     for block in tqdm(mine, desc="images", leave=False, disable=not state.is_main_process):
         _score_block(encoder, captions, texts, block, folder)
@@ -230,7 +231,8 @@ def _score_block(encoder: Encoder, captions: Captions, texts: list[SimpleNamespa
     if (folder / "image_entropies.npy").is_file():
         _write_rows(folder / "image_entropies.npy", block, torch.stack(entropy_bounds(image)).mean(0).cpu().numpy())
     own = [(text, *pair) for text, pair in zip(texts, captions.own(block), strict=True) if len(pair[0])]
-    _write_moments(_moments_file(folder, block), image_moments(image, own))  # last: it says that the block is finished
+    # last: it says that the block is finished
+    write_whole(_moments_file(folder, block), json.dumps(image_moments(image, own)))
 
 
 def _write_rows(path: Path, block: range, rows: np.ndarray) -> None:
@@ -308,12 +310,6 @@ def _is_best_region(region_embeds: Tensor, own: Sequence[tuple[SimpleNamespace, 
 
 def _moments_file(folder: Path, block: range) -> Path:
     return folder / f"images-{block.start}.json"
-
-
-def _write_moments(path: Path, moments: dict[str, list[float]]) -> None:
-    new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(moments))
-    new.replace(path)
 
 
 def _diagnostics(folder: Path) -> dict[str, float]:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch.distributed.fsdp import StateDictType
 
 from granalign_hf.training.arguments import RunArguments
+from granalign_hf.whole_files import write_whole
 
 logger = get_logger(__name__)
 # Settings that may change when a run goes on: they leave its steps as they are.
@@ -184,16 +185,6 @@ def refuse_another_run(folder: Path, before: dict, now: dict) -> None:
             f"`epochs` was {before['epochs']} and is {now['epochs']}: from here on the learning rate follows the "
             f"`{now['lr_scheduler']}` schedule of {now['epochs']} epochs."
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A text file that is either as before or as it should be, whenever the process or the machine stops."""
-    new = path.with_name(f"{path.name}.tmp")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..whole_files import whole_file
 from . import VECTORS, Engine, Hit, Item, Point, conditions, item_of, terms
 
 
@@ -100,9 +100,8 @@ class BruteForce(Engine):
             "deleted": [id for id in self._changed if id not in self.items],
         }
         path = self.folder / f"{len(list(self.folder.glob('*.safetensors'))):08d}.safetensors"
-        unfinished = path.with_suffix(".unfinished")
-        save_file(tensors, unfinished, {name: json.dumps(note) for name, note in notes.items()})
-        os.replace(unfinished, path)
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, {name: json.dumps(note) for name, note in notes.items()})
         self._changed = {}
 
     def _replay(self, path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import qdrant_edge as qdrant
 
+from ..whole_files import write_whole
 from . import EXACT_UP_TO, MOST_VECTORS_OF_A_GRAPH, Engine, Hit, Item, Point, conditions, document, item_of, point_id
 
 PAGE = 1000  # items of a scan that are in memory at once
@@ -102,8 +103,7 @@ class Edge(Engine):
         shutil.copytree(self.folder / "shard", target, ignore=shutil.ignore_patterns("wal"), copy_function=_copy)
         config = json.loads((target / "edge_config.json").read_text())
         (target / "edge_config.json").write_text(json.dumps(config | {"wal_enabled": False}))
-        (self.folder / "published.new").write_text(str(number))
-        (self.folder / "published.new").replace(self.folder / "published")
+        write_whole(self.folder / "published", str(number))
         (self.folder / "unpublished").unlink(missing_ok=True)
         for old in self.folder.glob("copy-*"):
             if old != target:

@@ -1,0 +1,23 @@
+"""Files that are either as before or as they should be, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file, beside `path`, whose place it takes when the block ends without an error."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    yield unfinished
+    with unfinished.open("r+b") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text)
