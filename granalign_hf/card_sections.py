@@ -89,11 +89,13 @@ def _grounding(result: dict[str, Any]) -> str:
 
 
 def _foils(result: dict[str, Any]) -> str:
-    head = ["edited", "number", "true caption higher", "edited word lowest", "by chance"]
+    others = [name for name in ("was_lowest", "chance") if all(name in row for row in result["foils"].values())]
+    names = {"was_lowest": "lowest before the edit", "chance": "by chance"}
+    head = ["edited", "number", "true caption higher", "edited word lowest", *(names[name] for name in others)]
     rows = [
         [
             *(kind, row["number"], _percent(row, "preferred", ("low", "high"))),
-            *(_percent(row, "found", ("found_low", "found_high")), _percent(row, "chance")),
+            *(_percent(row, "found", ("found_low", "found_high")), *(_percent(row, name) for name in others)),
         ]
         for kind, row in result["foils"].items()
     ]

@@ -30,6 +30,8 @@ from .modeling.contributions import PairShares
 from .modeling.maps import patch_box, picture_map, word_maps
 from .modeling.words import FUNCTION_WORDS, Word, with_other_tokens, words_of
 
+PLACE_KINDS = ("patch", "region", "prefix")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -119,12 +121,26 @@ class Explanation(Alignment):
         return [(word, shares.get(word, 0.0)) for word in self.tokens]
 
     def top_places(self, word: Word, kind: str | None = None) -> list[tuple[Place, float]]:
-        """One word to many places: all that share with it, the largest share first. `kind` as in [`Place`]: only those."""
+        """One word to many places: all that share with it, the largest share first. `kind` as in [`Place`]: only those.
+
+        Raises:
+            ValueError: the word is none of `tokens`, or there is no such kind.
+        """
+        if not isinstance(word, Word) or (word.text, word.tokens) not in [(own.text, own.tokens) for own in self.tokens]:
+            raise ValueError(f"`word` must be one of the `tokens` of this explanation, got {word!r}.")
+        if kind not in (None, *PLACE_KINDS):
+            raise ValueError(f"`kind` must be one of {', '.join(PLACE_KINDS)}, got {kind!r}.")
         mine = (c for c in self.contributions if c.word.tokens == word.tokens)
         return _summed((c.place, c.share) for c in mine if kind in (None, c.place.kind))
 
     def top_words(self, place: Place) -> list[tuple[AlignedWord, float]]:
-        """One place to many words: all that share with it, the largest share first."""
+        """One place to many words: all that share with it, the largest share first; none, where nothing does.
+
+        Raises:
+            ValueError: `place` is no [`Place`].
+        """
+        if not isinstance(place, Place):
+            raise ValueError(f"`place` must be a Place, as contributions have one, got {place!r}.")
         return _summed((c.word, c.share) for c in self.contributions if c.place == place)
 
 

@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .card_sections import finite, is_part, markdown_table, measured_sections
 from .examples import PHOTOGRAPHS, SCENES, credits
+from .whole_files import write_whole
 
 DESCRIPTIONS = {
     "grm": "Fine-grained image-text alignment after GRM (AAAI 2026): salient patches and words, regions as a mixture of "
@@ -47,7 +48,7 @@ def write_model_card(folder: str | os.PathLike, **arguments: Any) -> Path:
     """Writes [`model_card`] into `README.md` of the folder, over the one that is there, and returns its path."""
     text = model_card(folder, **arguments)
     card = Path(folder).resolve() / "README.md"
-    card.write_text(text, encoding="utf-8")
+    write_whole(card, text)
     return card
 
 

@@ -91,7 +91,12 @@ def sampled_standard_errors(model: Any, image: Any, text: Any, num_samples: int 
     """(B, C): what [`standard_errors`] approximates, from `num_samples` draws of all regions; memory for as many (B, C).
 
     Its own relative error is 1 / sqrt(2 (num_samples - 1)) a pair, 7 % for 100.
+
+    Raises:
+        ValueError: fewer than two draws, or the regions have no variance.
     """
+    if num_samples < 2:
+        raise ValueError(f"`num_samples` must be at least 2, got {num_samples}: one draw has no spread.")
     check_variances(image)
     words, regions = salient_words(text), (image.region_assignment, image.region_means, image.region_log_vars)
     with torch.random.fork_rng():

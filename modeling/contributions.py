@@ -198,10 +198,15 @@ def one_row(features: Any, side: str, index: int) -> Any:
     """One image (`side` "patch") or caption ("word") of the features, in a batch of 1.
 
     Raises:
-        ValueError: `index` is out of range.
+        ValueError: these are no such features, or `index` is out of range.
     """
-    name = "image_index" if side == "patch" else "caption_index"
-    check_index(name, index, len(getattr(features, f"{side}_mask")))
+    name, index_name = ("image", "image_index") if side == "patch" else ("text", "caption_index")
+    if getattr(features, f"{side}_mask", None) is None:
+        raise ValueError(
+            f"`{name}` must be what `get_{name}_features` returns or an output of the model, got {type(features).__name__}. "
+            "For a picture and a sentence call `granalign_hf.explanation.explain`."
+        )
+    check_index(index_name, index, len(getattr(features, f"{side}_mask")))
     fields = (*_PATCH_FIELDS, "region_embeds", "patch_mask") if side == "patch" else (*_WORD_FIELDS, "word_mask")
     rows = {name: getattr(features, name, None) for name in fields}
     return SimpleNamespace(**{name: None if values is None else values[[index]] for name, values in rows.items()})

@@ -248,7 +248,7 @@ class GranAlignModel(GranAlignPreTrainedModel):
         Args: features of images and of captions, or an output of the model as both, and the rows of the two.
 
         Raises:
-            ValueError: the model is in training mode, or an index is out of range.
+            ValueError: the model is in training mode, these are no features, or an index is out of range.
         """
         if self.training:
             raise ValueError("The model is in training mode, where scores are drawn at random. Call `model.eval()` first.")

@@ -131,9 +131,10 @@ class ImageTextRetrievalPipeline(_GranAlignPipeline):
 
         Returns:
             For each query its candidates from the highest score down, each a dict with `index` (among the candidates),
-            `score`, `probability` (softmax over the candidates; a probability if the model is calibrated), `standard_error`
-            (`None` for models whose regions have no variance) and `is_in_answer_set` (`None` if the model is not
-            calibrated): whether it is among the answers that hold the right one for 90 % of the queries.
+            `score`, `probability` (softmax over the candidates; a probability if the model is calibrated and one of them,
+            in a gallery of about the size of that of the calibration, is right), `standard_error` (`None` for models whose
+            regions have no variance) and `is_in_answer_set` (`None` if the model is not calibrated): whether it is among
+            the answers that hold the right one for 90 % of the queries. A single candidate has no rival: both are `None`.
 
         Raises:
             ValueError: not exactly one of `image` and `text`, no candidates or one that cannot be read, or `top_k` below 1.
@@ -186,15 +187,15 @@ class ImageTextRetrievalPipeline(_GranAlignPipeline):
 
     def postprocess(self, outputs: dict, top_k: int | None = None) -> list[dict]:
         scores, errors, config = outputs["scores"].double(), outputs["errors"], self.model.config
+        has_rivals, lowest = len(scores) > 1, None
         probabilities = (config.logit_scale * scores).softmax(0)
-        lowest = None
-        if config.conformal_thresholds is not None:
+        if has_rivals and config.conformal_thresholds is not None:
             lowest = scores.max() - config.conformal_thresholds[("image", "text").index(outputs["side"])]
         return [
             {
                 "index": index,
                 "score": scores[index].item(),
-                "probability": probabilities[index].item(),
+                "probability": probabilities[index].item() if has_rivals else None,
                 "standard_error": None if errors is None else errors[index].item(),
                 "is_in_answer_set": None if lowest is None else bool(scores[index] >= lowest),
             }

@@ -143,11 +143,21 @@ def test_calibrating_again_fits_the_same(calibrated, dataset, tmp_path):
 @pytest.mark.parametrize("fields", [{"aligner": "chan"}, {"level_weights": [0.5, 0.5, 0.0]}], ids=str)
 def test_scores_without_variance_are_calibrated_too(dataset, tmp_path, fields):
     folder = checkpoint(tmp_path / "model", **fields)
-    result = calibrate.main([str(folder), "--dataset", dataset, "--max_images", "12"])
+    result = calibrate.main([str(folder), "--dataset", dataset])
     assert set(result["fitted"]) == {*CALIBRATED_FIELDS} and result["fitted"]["standard_error_factor"] == 1
     assert set(result["image_to_text"]["is_the_first_wrong"]) == {*MEASURES} - {*ERROR_MEASURES, "image_entropy"}
-    assert result["num_images"] == 12 and result["sampled_over_closed_form"]["fitted_on"] is None
+    assert result["sampled_over_closed_form"]["fitted_on"] is None
     GranAlignConfig.from_pretrained(folder)
+
+
+def test_a_part_of_the_split_is_measured_and_the_checkpoint_stays_as_it_is(calibrated, dataset, capsys):
+    folder, _, result = calibrated
+    before = (folder / "config.json").read_bytes()
+    part = calibrate.main([str(folder), "--dataset", dataset, "--max_images", "12"])
+    assert part["num_images"] == 12 and part["fitted"] != result["fitted"] and "not stored" in capsys.readouterr().out
+    assert (folder / "config.json").read_bytes() == before
+    assert json.loads((folder / "uncertainty-test.json").read_text()) == result
+    (folder / "uncertainty-test-first-12.json").unlink()
 
 
 def test_training_from_a_calibrated_checkpoint_starts_uncalibrated(calibrated):

@@ -93,9 +93,12 @@ def test_the_tables(recipe, calls, tmp_path):
     of_chan = json.loads((tmp_path / "runs" / "chan-seed1" / "grounding-test.json").read_text())["pointing"]["all"]
     assert densest.splitlines()[3].startswith(f"| chan | 1 | {of_chan['densest']:.1f} |")
     foils = json.loads((tmp_path / "runs" / "chan-seed1" / "foils-test.json").read_text())["foils"]
-    preferred, found = (tmp_path / "results" / "foils.md").read_text().split("\n\n")
+    preferred, found, before = (tmp_path / "results" / "foils.md").read_text().split("\n\n")
+    own = [foils[kind] for kind in foils if kind not in ("all", "swap")]
+    replaced = sum(of["found"] * of["number"] for of in own) / sum(of["number"] for of in own)
     assert preferred.splitlines()[3].startswith(f"| chan | 1 | {foils['all']['preferred']:.1f} | ")
-    assert found.splitlines()[3].startswith(f"| chan | 1 | {foils['all']['found']:.1f} | ")
+    assert found.splitlines()[3].startswith(f"| chan | 1 | {foils['all']['found']:.1f} | {replaced:.1f} | ")
+    assert before.splitlines()[3].startswith(f"| chan | 1 | {foils['all']['was_lowest']:.1f} | ")
     assert found.splitlines()[4].startswith(f"| by chance | - | {foils['all']['chance']:.1f} | ")
     sure = json.loads((tmp_path / "runs" / "chan-seed1" / "uncertainty-test.json").read_text())["text_to_image"]
     _, asked_by_text = (tmp_path / "results" / "uncertainty.md").read_text().split("\n\n")

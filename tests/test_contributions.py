@@ -222,6 +222,12 @@ def test_explain_refuses_training_and_rows_that_are_not_there():
         model.explain(outputs, outputs, 2, 0)
     with pytest.raises(ValueError, match=r"`caption_index` must lie below 2.*got -3"):
         model.explain(outputs, outputs, 0, -3)
+    with pytest.raises(
+        ValueError, match=r"`image` must be what `get_image_features` returns.*got str.*explanation\.explain"
+    ):
+        model.explain("dog.jpg", "a dog")
+    with pytest.raises(ValueError, match="`text` must be what `get_text_features` returns"):
+        model.explain(outputs, "a dog")
     outputs.word_mask[:] = False
     with pytest.raises(ValueError, match="at least one patch and one word"):
         model.explain(outputs, outputs)

@@ -244,6 +244,18 @@ def test_pairs_without_anything_in_common_are_not_compared():
         compare(first, second)
 
 
+def test_only_its_own_words_and_places_have_shares():
+    model, processor = make_model(), make_processor()
+    explanation, other = (explain(model, processor, picture(), caption) for caption in ("a dog", "a red dog"))
+    for word in (other.words[1], "dog"):
+        with pytest.raises(ValueError, match="`word` must be one of the `tokens` of this explanation"):
+            explanation.top_places(word)
+    with pytest.raises(ValueError, match="`kind` must be one of patch, region, prefix, got 'patches'"):
+        explanation.top_places(explanation.words[1], "patches")
+    with pytest.raises(ValueError, match=r"`place` must be a Place, .* got 3"):
+        explanation.top_words(3)
+
+
 def test_explanations_refuse_what_alignments_refuse():
     model, processor = make_model(), make_processor()
     with pytest.raises(ValueError, match="`caption` must be a sentence"):

@@ -37,13 +37,16 @@ def test_one_thing_is_wrong():
         assert foil.caption == SCENE.caption
         before, after = foil.caption.split(), foil.wrong.split()
         edited = [foil.wrong[start:end] for start, end in foil.spans]
+        there = [foil.caption[start:end] for start, end in foil.before]
         if kind == "swap":
-            assert foil.wrong == "a red dog see Two men ." and edited == ["a red dog", "Two men"]
+            assert foil.wrong == "A red dog see two men ." and edited == ["A red dog", "two men"]
+            assert there == ["Two men", "a red dog"]
         else:
             ((old, new),) = [(b, a) for b, a in zip(before, after, strict=True) if b != a]
-            assert edited == [new]
+            assert edited == [new] and there == [old]
             expected = {"colour": ("red", COLOURS), "number": ("Two", NUMBERS), "noun": ("dog", ("cat", "horse"))}[kind]
-            assert old == expected[0] and new in expected[1] and new.lower() != old.lower()
+            assert old == expected[0] and new.lower() in expected[1] and new.lower() != old.lower()
+            assert new[0].isupper() == old[0].isupper()
 
 
 def test_what_another_caption_of_the_image_says_is_not_wrong():
@@ -86,20 +89,23 @@ def measured(aligner: str, batch_size: int = 2) -> dict:
 def test_the_figures_are_those_of_explanations_one_by_one(aligner):
     model, processor = tiny(aligner)
     scenes = load_split("scenes", "test", num_scenes=4)
-    preferred, found = [], []
+    preferred, found, was_lowest = [], [], []
     for foil in make_foils(located_captions(scenes, None, "test")):
         right, wrong = (explain(model, processor, scenes.image(foil.image), text) for text in (foil.caption, foil.wrong))
         preferred.append(right.score > wrong.score)
 
-        def is_edited(word, spans=foil.spans):
-            return any(word.start < end and start < word.end for start, end in spans)
+        for shown, spans, answers in ((wrong, foil.spans, found), (right, foil.before, was_lowest)):
 
-        shares = [(w, s) for w, s in wrong.word_shares if w.is_content or (foil.kind == "number" and is_edited(w))]
-        found.append(is_edited(min(shares, key=lambda pair: pair[1])[0]))
+            def is_edited(word, spans=spans):
+                return any(word.start < end and start < word.end for start, end in spans)
+
+            shares = [(w, s) for w, s in shown.word_shares if w.is_content or (foil.kind == "number" and is_edited(w))]
+            answers.append(is_edited(min(shares, key=lambda pair: pair[1])[0]))
     row = measured(aligner)["foils"]["all"]
     assert row["number"] == len(preferred)
     assert row["preferred"] == pytest.approx(100 * sum(preferred) / len(preferred), abs=100.1 / len(preferred))
     assert row["found"] == pytest.approx(100 * sum(found) / len(found), abs=100.1 / len(found))
+    assert row["was_lowest"] == pytest.approx(100 * sum(was_lowest) / len(found), abs=100.1 / len(found))
     assert 0 < row["chance"] < 100
 
 

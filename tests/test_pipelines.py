@@ -111,6 +111,8 @@ def test_a_calibrated_model_names_the_answer_set(parts):
     expected = (20 * scores(parts, IMAGES[0], CAPTIONS)[0].double()).softmax(0)
     assert [one["probability"] for one in answer] == pytest.approx(expected[[o["index"] for o in answer]].tolist(), abs=1e-4)
     assert [one["is_in_answer_set"] for one in retriever(text="a dog", candidates=IMAGES)] == [True, False, False]
+    (only,) = retriever(text="a dog", candidates=IMAGES[:1])
+    assert (only["probability"], only["is_in_answer_set"]) == (None, None)  # it has no rival
 
 
 def test_a_saved_model_names_them_and_a_loaded_one_needs_no_trust(tmp_path, parts):

@@ -119,6 +119,8 @@ def test_sampling_is_repeatable_and_leaves_the_seed_alone(draw_tokens):
     first, again = (sampled_standard_errors(MODEL, image, text, 5) for _ in range(2))
     assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(first, sampled_standard_errors(MODEL, image, text, 5, seed=1))
+    with pytest.raises(ValueError, match="`num_samples` must be at least 2, got 1"):
+        sampled_standard_errors(MODEL, image, text, 1)
 
 
 def features(model, **sizes):

@@ -13,6 +13,7 @@ import datetime
 import json
 import shlex
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +65,10 @@ class CalibrateArguments(DataArguments):
 
     validation_split: str = setting("validation", "Split to fit on.")
     split: str = setting("test", "Split to measure on.")
-    max_images: int | None = setting(None, f"The first images of both splits only, {MIN_IMAGES} at least.")
+    max_images: int | None = setting(
+        None,
+        f"The first images of both splits only, {MIN_IMAGES} at least; config and model card stay as they are.",
+    )
     batch_size: int = setting(64, "Images per step, at most 128.")
     matmul_precision: str = setting("highest", f"float32 products: {', '.join(PRECISIONS)} (see torch).")
 
@@ -78,14 +82,17 @@ def main(argv: list[str] | None = None) -> dict:
     validation, test = load_splits(args, parser)
     model, processor = load_checkpoint(str(folder), parser)
     model.to(accelerator.device).eval()
-    work = folder / f"uncertainty-{args.split}-unfinished"
     ratios = [sampled_ratio(Encoder(model, processor, data, args.batch_size)) for data in (validation, test)]
     # First, so that what is fitted to standard errors is fitted to those that the calibrated model will give.
     model.config.standard_error_factor = 1.0 if ratios[0] is None else ratios[0]["all_pairs"]
-    with measured_split(model, processor, validation, args.batch_size, work) as measured:
-        fitted, losses = fit(measured, validation)
-    fitted = {"standard_error_factor": model.config.standard_error_factor, **fitted}
-    with measured_split(model, processor, test, args.batch_size, work) as measured:
+
+    def measured_on(split: str, data: CaptionedImages) -> AbstractContextManager[Measured]:
+        return measured_split(model, processor, data, args.batch_size, folder / f"uncertainty-{split}-unfinished")
+
+    # Within each other, so that a call which is interrupted at the second finds what the first has done.
+    with measured_on(args.validation_split, validation) as of_validation, measured_on(args.split, test) as measured:
+        fitted, losses = fit(of_validation, validation)
+        fitted = {"standard_error_factor": model.config.standard_error_factor, **fitted}
         result = {
             "dataset": Path(args.dataset).name,
             "fitted_on": args.validation_split,
@@ -101,13 +108,15 @@ def main(argv: list[str] | None = None) -> dict:
             **{way: measure(measured, test, way, fitted) for way in WAYS},
         }
     if accelerator.is_main_process:
-        save_fitted(folder, fitted)
         output = folder / f"uncertainty-{part_name(args.split, args.max_images)}.json"
         write_whole(output, json.dumps(result, indent=2) + "\n")
-        if args.max_images is None and (folder / "metrics.json").is_file():
-            write_model_card(folder)
+        if args.max_images is None:
+            save_fitted(folder, fitted)
+            if (folder / "metrics.json").is_file():
+                write_model_card(folder)
         print(table(result))
-        print(f"fitted values written to {folder / 'config.json'}, the figures to {output}")
+        stored = "not stored, as of a part of the split only" if args.max_images else f"written to {folder / 'config.json'}"
+        print(f"fitted values {stored}; the figures are in {output}")
     accelerator.end_training()
     return result
 

@@ -26,6 +26,7 @@ from granalign_hf.training.protocols import mean_metrics
 from granalign_hf.training.runtime import portable, set_up_torch
 from granalign_hf.training.scoring import scored_split
 from granalign_hf.training.tables import SCENE_SEEDS
+from granalign_hf.whole_files import write_whole
 
 NUM_SCENES = 500
 DISTRACTORS = (0, 1, 2, 4, 6, 8)
@@ -65,8 +66,8 @@ def main(argv: list[str] | None = None) -> dict:
         "distractors": DISTRACTORS,
         "runs": measured,
     }
-    (folder / "clutter.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "clutter.md").write_text(table(measured))
+    write_whole(folder / "clutter.json", json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "clutter.md", table(measured))
     plot_curves("distractors", list(DISTRACTORS), MEASURES, measured, folder / "clutter.png")
     print(table(measured))
     return result

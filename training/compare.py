@@ -146,7 +146,7 @@ def write_cards(comparison: Comparison, result: dict) -> None:
         folder = run_folder(comparison, name, seed)
         if (folder / "config.json").is_file():
             own = {"dataset": Path(run_settings(comparison, name, seed)["dataset"]).name, "own": name}
-            (folder / f"comparison-{comparison.split}.json").write_text(json.dumps({**own, **shared}, indent=1) + "\n")
+            write_whole(folder / f"comparison-{comparison.split}.json", json.dumps({**own, **shared}, indent=1) + "\n")
             write_model_card(folder)
 
 
@@ -277,7 +277,7 @@ def write_results(comparison: Comparison, finished: set[tuple[int, str]], comman
         "runs": rows,
     }
     write_whole(folder / "results.json", json.dumps(result, indent=1) + "\n")
-    (folder / "table.md").write_text(table(rows, comparison.baselines, comparison.diagnostics))
+    write_whole(folder / "table.md", table(rows, comparison.baselines, comparison.diagnostics))
     plot_comparison({name: row["rsum"] for name, row in rows.items()}, folder / "results.png")
 
 

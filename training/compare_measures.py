@@ -26,12 +26,20 @@ from granalign_hf.training.compare import (
     read_comparison,
     record_folder,
     run_folder,
+    run_settings,
 )
 from granalign_hf.training.jobs import Step, finish
+from granalign_hf.training.parser import as_words
+from granalign_hf.whole_files import write_whole
 
 # What is measured -> its figures.
 MEASURES = {"grounding": ("pointing", "corner_share", "auroc"), "foils": ("foils",), "uncertainty": WAYS}
 AREAS = ("patch_saliency", "word_saliency", "content_words")
+FOIL_FIGURES = {
+    "preferred": "true caption higher",
+    "found": "edited word lowest",
+    "was_lowest": "lowest before the edit",
+}
 DOUBTS = ("margin", "probability", "entropy", "standard_error", "caption_length")
 
 
@@ -90,9 +98,9 @@ def write_results(comparison: Comparison, finished: list[tuple[int, str]]) -> di
     }
     folder = Path(comparison.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "measures.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "measures.json", json.dumps(result, indent=1) + "\n")
     for measure, table in tables(result["runs"]).items():
-        (folder / f"{measure}.md").write_text(table)
+        write_whole(folder / f"{measure}.md", table)
     return result
 
 
@@ -105,6 +113,7 @@ def missing_steps(
         ValueError: the folder holds a run of other settings.
     """
     folder, data = run_folder(comparison, name, seed), data_words(comparison, name, seed)
+    fitted_on = {"validation_split": run_settings(comparison, name, seed).get("validation_split")}
     boxes = [] if phrase_boxes is None else ["--phrase_boxes", phrase_boxes]
     for measure in measures:
         record = records(comparison, name, seed)[measure]
@@ -112,7 +121,7 @@ def missing_steps(
             continue
         if not (folder / record.name).is_file():
             if measure == "uncertainty":
-                yield Step("calibrate", [str(folder), *data], folder)
+                yield Step("calibrate", [str(folder), *data, *as_words(fitted_on)], folder)
             else:
                 yield Step("evaluate", [str(folder), *data, "--task", measure, *boxes], folder)
         keep(folder / record.name, record.parent)
@@ -158,16 +167,30 @@ def _accuracies(run: dict, way: str, groups: Iterable[str]) -> list[str]:
 
 
 def foils_table(runs: dict[str, dict]) -> str:
-    """Markdown: how often the true caption scores higher, and how often the edited word has the lowest share, in percent."""
-    tables, kinds = [], next(iter(runs.values()))["foils"][0]
-    for figure, title in (("preferred", "true caption higher"), ("found", "edited word lowest")):
+    """Markdown: how often the true caption scores higher, and how often the edited word has the lowest share, in percent.
+
+    A third table, of the runs that have it: how often the word that stood there had the lowest share before it was edited.
+    """
+    known = next(iter(runs.values()))["foils"][0]
+    kinds, tables = ["all", "replaced", *(kind for kind in known if kind != "all")], []
+    for figure, title in FOIL_FIGURES.items():
         lines = [[title, "seeds", *kinds]]
         for name, run in runs.items():
-            figures = [mean_and_spread([of_seed[kind][figure] for of_seed in run["foils"]]) for kind in kinds]
-            lines.append([name, str(len(run["foils"])), *figures])
-        of_chance = [f"{of_kind['chance']:.1f}" if figure == "found" else "50.0" for of_kind in kinds.values()]
-        tables.append(markdown_table([*lines, ["by chance", "-", *of_chance]]))
+            if all(figure in of_seed["all"] for of_seed in run["foils"]):
+                figures = [mean_and_spread([_of_kind(of, kind, figure) for of in run["foils"]]) for kind in kinds]
+                lines.append([name, str(len(run["foils"])), *figures])
+        blind = ["50.0" if figure == "preferred" else f"{_of_kind(known, kind, 'chance'):.1f}" for kind in kinds]
+        if len(lines) > 1:
+            tables.append(markdown_table([*lines, ["by chance", "-", *blind]]))
     return "\n".join(tables)
+
+
+def _of_kind(foils: dict[str, dict], kind: str, figure: str) -> float:
+    """Of "replaced" the mean over all foils but those where two phrases change places."""
+    if kind != "replaced":
+        return foils[kind][figure]
+    own = [of for name, of in foils.items() if name not in ("all", "swap")]
+    return sum(of["number"] * of[figure] for of in own) / sum(of["number"] for of in own)
 
 
 def uncertainty_table(runs: dict[str, dict]) -> str:

@@ -22,6 +22,7 @@ from granalign_hf.model_card import write_model_card
 from granalign_hf.training.data import CaptionedImages, load_split
 from granalign_hf.training.protocols import mean_metrics
 from granalign_hf.training.scoring import scored_split
+from granalign_hf.whole_files import write_whole
 
 GALLERY = 100
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict:
         "intervals": {name: list(interval) for name, interval in bootstrap_interval(folds).items()},
         "pointing": pointing(model, processor, scenes),
     }
-    (folder / "metrics-demo.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(folder / "metrics-demo.json", json.dumps(result, indent=2) + "\n")
     caption = min(scenes.captions[0], key=len)  # names objects and nothing else
     write_model_card(folder)
     figure(align(model, processor, scenes.image(0), caption), folder / "demo.png")

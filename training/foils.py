@@ -34,7 +34,8 @@ class Foil:
     """A caption of image number `image`, and the same with something wrong.
 
     Attributes:
-        kind: "colour", "number", "noun" or "swap". spans: characters of `wrong` that were edited.
+        kind: "colour", "number", "noun" or "swap". spans: characters of `wrong` that were edited. before: characters of
+            `caption` that stood there.
     """
 
     image: int
@@ -42,6 +43,7 @@ class Foil:
     caption: str
     wrong: str
     spans: tuple[tuple[int, int], ...]
+    before: tuple[tuple[int, int], ...]
 
 
 def make_foils(located: Sequence[LocatedCaption]) -> list[Foil]:
@@ -65,7 +67,8 @@ def make_foils(located: Sequence[LocatedCaption]) -> list[Foil]:
             ):
                 if edits:
                     wrong, spans = _edited(caption.caption, edits)
-                    foils.append(Foil(number, kind, caption.caption, wrong, spans))
+                    before = tuple((start, end) for start, end, _ in sorted(edits))
+                    foils.append(Foil(number, kind, caption.caption, wrong, spans, before))
     return foils
 
 
@@ -85,14 +88,22 @@ def _replaced(rng: np.random.Generator, caption: LocatedCaption, words: Sequence
     places = [place for phrase in caption.phrases for place in _words(caption.caption, phrase) if place[2] in words]
     if not places:
         return []
-    start, end, word = places[rng.integers(len(places))]
-    return _instead(rng, start, end, word, words, said)
+    return _instead(rng, caption.caption, places[rng.integers(len(places))], words, said)
 
 
-def _instead(rng: np.random.Generator, start: int, end: int, word: str, others: Sequence[str], said: set[str]) -> Edits:
+def _instead(
+    rng: np.random.Generator, caption: str, place: tuple[int, int, str], others: Sequence[str], said: set[str]
+) -> Edits:
     """Another word that no caption says and that goes with the same article."""
+    start, end, word = place
     fitting = [other for other in others if other not in said and (other[0] in VOWELS) == (word[0] in VOWELS)]
-    return [(start, end, fitting[rng.integers(len(fitting))])] if fitting else []
+    return [(start, end, _as_written(caption[start:end], fitting[rng.integers(len(fitting))]))] if fitting else []
+
+
+def _as_written(before: str, now: str) -> str:
+    """With a capital where there was one, which else would give the foil away to an encoder that knows capitals."""
+    first = now[:1].upper() if before[:1].isupper() else now[:1].lower()
+    return first + now[1:]
 
 
 def _head(caption: str, phrase: Phrase) -> tuple[int, int, str]:
@@ -118,9 +129,10 @@ def _other_noun(rng: np.random.Generator, caption: LocatedCaption, nouns: dict, 
     if not typed:
         return []
     phrase = typed[rng.integers(len(typed))]
-    start, end, head = _head(caption.caption, phrase)
+    place = _head(caption.caption, phrase)
+    head = place[2]
     others = nouns.get((phrase.types[0], head.endswith("s")), [])
-    return _instead(rng, start, end, head, others, said) if head.isalpha() else []
+    return _instead(rng, caption.caption, place, others, said) if head.isalpha() else []
 
 
 def _swapped(rng: np.random.Generator, caption: LocatedCaption) -> Edits:
@@ -135,9 +147,10 @@ def _swapped(rng: np.random.Generator, caption: LocatedCaption) -> Edits:
     if not pairs:
         return []
     first, second = pairs[rng.integers(len(pairs))]
+    texts = [caption.caption[phrase.start : phrase.end] for phrase in (first, second)]
     return [
-        (first.start, first.end, caption.caption[second.start : second.end]),
-        (second.start, second.end, caption.caption[first.start : first.end]),
+        (first.start, first.end, _as_written(texts[0], texts[1])),
+        (second.start, second.end, _as_written(texts[1], texts[0])),
     ]
 
 
@@ -155,6 +168,7 @@ class _Answer(NamedTuple):
     kind: str
     is_preferred: bool  # the true caption
     is_found: bool  # an edited word has the lowest share, of content words and edited ones
+    was_lowest: bool  # a word that stood there had the lowest share of the true caption
     chance: float  # of finding one blindly
 
 
@@ -169,8 +183,8 @@ def measure_foils(
 
     Returns:
         `foils`: kind ("all" first) -> `preferred` in percent with its `low` and `high` over images, `number`, `found` with
-        `found_low` and `found_high`, and `chance`, the mean share of those words that are edited. Equal scores count
-        against the model.
+        `found_low` and `found_high`, `was_lowest`, how often a word that stood there has the lowest share in the true
+        caption, and `chance`, the mean share of those words that are edited. Equal scores count against the model.
     """
     foils = make_foils(located)
     if not foils:
@@ -196,32 +210,37 @@ def _answers(model, tokenizer, seen: Encoded, foils: list[Foil]) -> list[_Answer
     captions = type(text)(**{name: values[rows.start : rows.stop] for name, values in text.items()})
     scores = model.score(own, captions)[0].tolist()
     answers, first_wrong = [], len(rows) - len(foils)
+
+    def lowest(caption: str, place: int, spans: Sequence[tuple[int, int]]) -> tuple[bool, float]:
+        """Whether a word in the spans has the lowest share, of those and of content words, and by chance how often."""
+        read = words_of(caption, tokenizer)
+        inside = {word for start, end in spans for word in words_within(read, start, end)}
+        words = [word for word in read if word.is_content or word in inside]  # a number counts where it was edited
+        if not words:
+            return False, 0.0
+        shares = model.explain(image, text, index, rows[place]).patch_shares.sum(dim=1).cpu()
+        of_words = [shares[list(word.tokens)].sum().item() for word in words]
+        least = [word for word, share in zip(words, of_words, strict=True) if share == min(of_words)]
+        return all(word in inside for word in least), len(inside) / len(words)
+
     true = {caption: place for place, caption in enumerate(_texts(foils)[:first_wrong])}
     for place, foil in enumerate(foils, start=first_wrong):
-        shares = model.explain(image, text, index, rows[place]).patch_shares.sum(dim=1).cpu()
-        read = words_of(foil.wrong, tokenizer)
-        edited = {word for start, end in foil.spans for word in words_within(read, start, end)}
-        words = [word for word in read if word.is_content or word in edited]  # a number counts where it was edited
-        of_words = [shares[list(word.tokens)].sum().item() for word in words]
-        is_found = all(word in edited for word, share in zip(words, of_words, strict=True) if share == min(of_words))
-        chance = len(edited) / len(words) if words else 0.0
-        answers.append(
-            _Answer(foil.image, foil.kind, scores[true[foil.caption]] > scores[place], bool(words) and is_found, chance)
-        )
+        is_found, chance = lowest(foil.wrong, place, foil.spans)
+        was_lowest, _ = lowest(foil.caption, true[foil.caption], foil.before)
+        is_preferred = scores[true[foil.caption]] > scores[place]
+        answers.append(_Answer(foil.image, foil.kind, is_preferred, is_found, was_lowest, chance))
     return answers
 
 
 def _summary(answers: list[_Answer]) -> dict[str, Any]:
-    owners, kinds, preferred, found, chance = (list(column) for column in zip(*answers, strict=True))
-    of_scores, of_words, blind = (
-        summarize_hits(np.array(values, float), owners, kinds) for values in (preferred, found, chance)
-    )
+    owners, kinds, *figures = (list(column) for column in zip(*answers, strict=True))
+    of_scores, of_words, of_true, blind = (summarize_hits(np.array(values, float), owners, kinds) for values in figures)
     return {
         "foils": {
             kind: {
                 **{"preferred": row.accuracy, "low": row.low, "high": row.high, "number": row.num_phrases},
                 **{"found": of_words[kind].accuracy, "found_low": of_words[kind].low, "found_high": of_words[kind].high},
-                "chance": blind[kind].accuracy,
+                **{"was_lowest": of_true[kind].accuracy, "chance": blind[kind].accuracy},
             }
             for kind, row in of_scores.items()
         }
@@ -230,9 +249,12 @@ def _summary(answers: list[_Answer]) -> dict[str, Any]:
 
 def foils_table(result: dict[str, Any]) -> str:
     """The figures as lines of text."""
-    lines = [f"{'foils':<8}{'number':>8}{'true caption higher':>30}{'edited word lowest':>30}{'by chance':>12}"]
+    head = f"{'foils':<8}{'number':>8}{'true caption higher':>30}{'edited word lowest':>30}"
+    lines = [f"{head}{'before the edit':>18}{'by chance':>12}"]
     for kind, row in result["foils"].items():
         preferred = f"{row['preferred']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
         found = f"{row['found']:.1f} [{row['found_low']:.1f}, {row['found_high']:.1f}]"
-        lines.append(f"{kind:<8}{row['number']:>8}{preferred:>30}{found:>30}{row['chance']:>12.1f}")
+        lines.append(
+            f"{kind:<8}{row['number']:>8}{preferred:>30}{found:>30}{row['was_lowest']:>18.1f}{row['chance']:>12.1f}"
+        )
     return "\n".join(lines)

@@ -35,6 +35,7 @@ from granalign_hf.training.evaluate import load_checkpoint
 from granalign_hf.training.parser import SettingsParser, choice_problems, range_problems, setting
 from granalign_hf.training.plot import plot_sizes
 from granalign_hf.training.runtime import hardware, portable, set_up_torch
+from granalign_hf.whole_files import write_whole
 
 SHARES = (0.5, 0.25)  # of the patches that are kept, the most salient ones
 CAPTIONS_AT_ONCE = 500
@@ -81,8 +82,8 @@ def main(argv: list[str] | None = None) -> dict:
             "candidates": args.candidates,
             **measure(model.eval(), processor, data, args.candidates, args.batch_size),
         }
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        (output / "search.md").write_text(tables(results))
+        write_whole(file, json.dumps(results, indent=1) + "\n")
+        write_whole(output / "search.md", tables(results))
         curves = {name: [(row["bytes"], row["rsum"]) for row in of["curve"]] for name, of in results.items()}
         plot_sizes(curves, output / "search.png")
     print(tables(results))
