@@ -13,7 +13,7 @@ from transformers import pipeline
 from granalign_hf import GranAlignConfig, GranAlignModel, GranAlignProcessor
 from granalign_hf.calibration import WAYS, fit_logit_scale
 from granalign_hf.modeling.configuration_granalign import CALIBRATED_FIELDS, CONFIDENCE_MEASURES, ERROR_MEASURES
-from granalign_hf.training import calibrate
+from granalign_hf.training import calibrate, scoring
 from granalign_hf.training.arguments import RunArguments
 from granalign_hf.training.build import build
 from granalign_hf.uncertainty import answer, standard_errors
@@ -158,6 +158,20 @@ def test_a_part_of_the_split_is_measured_and_the_checkpoint_stays_as_it_is(calib
     assert (folder / "config.json").read_bytes() == before
     assert json.loads((folder / "uncertainty-test.json").read_text()) == result
     (folder / "uncertainty-test-first-12.json").unlink()
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(dataset, calibrated, tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path / "model")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(calibrate, "fit", interrupt)
+        calibrate.main([str(folder), "--dataset", dataset])
+    monkeypatch.setattr(scoring, "_score_blocks", interrupt)  # all scores are there
+    again = calibrate.main([str(folder), "--dataset", dataset])
+    assert again["fitted"] == calibrated[2]["fitted"] and not list(folder.glob("*unfinished"))
+
+
+def interrupt(*_args):
+    raise KeyboardInterrupt
 
 
 def test_training_from_a_calibrated_checkpoint_starts_uncalibrated(calibrated):

@@ -102,11 +102,20 @@ def test_the_tables(recipe, calls, tmp_path):
     assert found.splitlines()[4].startswith(f"| by chance | - | {foils['all']['chance']:.1f} | ")
     sure = json.loads((tmp_path / "runs" / "chan-seed1" / "uncertainty-test.json").read_text())["text_to_image"]
     _, asked_by_text = (tmp_path / "results" / "uncertainty.md").read_text().split("\n\n")
-    errors = f"{sure['softmax']['ece_before']:.3f} | {sure['softmax']['ece']:.3f} | {sure['answer_sets']['coverage']:.1f}"
+    errors = " | ".join(
+        f"{error:.3f}" for error in (*map(sure["softmax"].get, ("ece_before", "ece")), sure["confidence"]["ece"])
+    )
     line = asked_by_text.splitlines()[3]
-    assert line.startswith(f"| chan | 1 | {sure['r1']:.1f} | {errors} | ")
+    assert line.startswith(f"| chan | 1 | {sure['r1']:.1f} | {errors} | {sure['answer_sets']['coverage']:.1f} | ")
     margin = sure["is_the_first_wrong"]["margin"]["auroc"]
     assert f" | {margin:.3f} | " in line and " | - | " in line  # CHAN has no standard error
+    assert line.endswith(f" | {sure['is_the_first_wrong']['probability']['minus_s_r2']:.2f} | - |")
+
+
+def test_calibration_fits_on_the_split_that_chose_the_epoch(recipe, tmp_path):
+    (tmp_path / "base.yaml").write_text("dataset: scenes\nvalidation_split: train\n")
+    step = next(compare_measures.missing_steps(Comparison.read(recipe), "grm", 1, ["uncertainty"], None))
+    assert step.script == "calibrate" and step.words[step.words.index("--validation_split") + 1] == "train"
 
 
 def test_an_interrupt_keeps_what_is_measured(recipe, calls, monkeypatch, tmp_path):

@@ -33,7 +33,10 @@ def test_a_phrase_points_where_its_map_is_highest(aligner):
     """Against `align`, picture by picture, with boxes by hand."""
     model, processor = tiny(aligner)
     scenes, hits, densest, corners = load_split("scenes", "test", num_scenes=5), [], [], []
-    for caption in located_captions(scenes, None, "test"):
+    inner, largest, located = [], [], located_captions(scenes, None, "test")
+    for caption in located:
+        boxes = [box for other in located if other.image == caption.image for p in other.phrases for box in p.boxes]
+        x0, y0, x1, y1 = max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
         alignment = align(model, processor, scenes.image(caption.image), caption.caption)
         for phrase in caption.phrases:
             values = alignment.phrase_map(phrase.start, phrase.end)
@@ -42,10 +45,20 @@ def test_a_phrase_points_where_its_map_is_highest(aligner):
             hits.append(float(points_in_boxes(centre, phrase.boxes)))
             densest.append(float(points_in_boxes(alignment.phrase_point(phrase.start, phrase.end), phrase.boxes)))
             corners.append(row in (0, len(values) - 1) and column in (0, values.shape[1] - 1))
+            largest.append(float(points_in_boxes(np.array([(x0 + x1) / 2, (y0 + y1) / 2]), phrase.boxes)))
+            rest = {
+                (y, x): value.item()
+                for (y, x), value in np.ndenumerate(values.numpy())
+                if not (y in (0, len(values) - 1) and x in (0, values.shape[1] - 1))
+            }
+            centres = patch_centers(tuple(values.shape), alignment.image.size[::-1])
+            inner.append(float(points_in_boxes(centres[max(rest, key=rest.get)], phrase.boxes)))
     found = measured(aligner)
     assert found["pointing"]["all"]["num_phrases"] == len(hits) and found["num_cut"] == 0
     assert found["pointing"]["all"]["accuracy"] == pytest.approx(100 * np.mean(hits))
     assert found["pointing"]["all"]["densest"] == pytest.approx(100 * np.mean(densest)) and densest != hits
+    assert found["pointing"]["all"]["largest_box"] == pytest.approx(100 * np.mean(largest)) and 0 < np.mean(largest) < 1
+    assert found["pointing"]["all"]["without_corners"] == pytest.approx(100 * np.mean(inner)) and inner != hits
     assert found["corner_share"] == pytest.approx(100 * np.mean(corners)) and any(corners)
     assert ("patch_saliency" in found["auroc"]) == (aligner == "grm")
 

@@ -40,7 +40,8 @@ FOIL_FIGURES = {
     "found": "edited word lowest",
     "was_lowest": "lowest before the edit",
 }
-DOUBTS = ("margin", "probability", "entropy", "standard_error", "caption_length")
+DOUBTS = ("margin", "probability", "entropy", "standard_error", "image_entropy", "caption_length")
+OF_LEVELS = ("probability", "standard_error")  # whose -S R^2 is shown
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -194,18 +195,23 @@ def _of_kind(foils: dict[str, dict], kind: str, figure: str) -> float:
 
 
 def uncertainty_table(runs: dict[str, dict]) -> str:
-    """Markdown, a table for each way: calibration errors, answer sets, and AUROCs of each doubt for a wrong first answer."""
-    head = ["seeds", "R@1", "ECE before", "ECE", "right one in the set (%)", "answers in a set"]
+    """Markdown, a table for each way: calibration errors (ECE) of the softmax, before and after, and of the probability that
+    the first answer is right; answer sets; for a wrong first answer the AUROC of each doubt, and -S R^2 of some.
+    """
+    head = ["seeds", "R@1", "ECE before", "ECE", "ECE of first is right", "right one in the set (%)", "answers in a set"]
+    told_by = [*(f"AUROC of {name}" for name in DOUBTS), *(f"-S R^2 of {name}" for name in OF_LEVELS)]
     tables = []
     for way in WAYS:
-        lines = [[way.replace("_", " "), *head, *(f"AUROC of {name}".replace("_", " ") for name in DOUBTS)]]
+        lines = [[way.replace("_", " "), *head, *(name.replace("_", " ") for name in told_by)]]
         for name, run in runs.items():
             figures = run[way]
             lines.append([name, str(len(figures)), mean_and_spread([of["r1"] for of in figures])])
             lines[-1] += [_mean([of["softmax"][error] for of in figures], 3) for error in ("ece_before", "ece")]
+            lines[-1].append(_mean([of["confidence"]["ece"] for of in figures], 3))
             lines[-1] += [_mean([of["answer_sets"][figure] for of in figures], 1) for figure in ("coverage", "mean_size")]
             told = [of["is_the_first_wrong"] for of in figures]
             lines[-1] += [_mean([of[doubt]["auroc"] for of in told if doubt in of], 3) for doubt in DOUBTS]
+            lines[-1] += [_mean([of[doubt]["minus_s_r2"] for of in told if doubt in of], 2) for doubt in OF_LEVELS]
         tables.append(markdown_table(lines))
     return "\n".join(tables)
 
