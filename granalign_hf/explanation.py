@@ -71,7 +71,8 @@ class Region:
         index: its number. weight: its mixing coefficient; those of all regions sum to 1.
         variance: the mean over features; `None` without uncertainty.
         map: (rows, columns), by how much each patch takes part in its mean.
-        owns: (rows, columns) bool, the patches with more affinity to this region than to any other.
+        owns: (rows, columns) bool, the patches with more affinity to this region than to any other; of equal regions the
+            first has them.
         share: what its level contributes to the score through it.
         words: content words (all, if none has content) by the cosine of their tokens with the mean, nearest first.
     """
