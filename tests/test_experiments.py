@@ -49,6 +49,16 @@ def test_the_page_shows_how_well_the_training_photographs_are_ranked(run):
     assert f"| {run} | {figures[0]} | {figures[1]} |" in (TRAINING / "EXPERIMENTS.md").read_text()
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("side", [7, 14])
+def test_the_page_shows_what_a_finer_grid_does(side, split):
+    page, file = (TRAINING / "EXPERIMENTS.md").read_text(), TRAINING / "results" / "grid" / f"grid-{side}-{split}.json"
+    pointing = {group: row for group, row in json.loads(file.read_text())["pointing"].items() if group != "instruments"}
+    for way, name in (("accuracy", "highest patch"), ("densest", "densest")):
+        figures = " | ".join(f"{row[way]:.1f}" for row in pointing.values())
+        assert f"| {split} | {side} x {side} | {name} | {figures} |" in page
+
+
 @pytest.mark.parametrize("name", ["variances"])
 def test_the_page_shows_what_was_tried_and_not_kept(name):
     folder, page = TRAINING / "results" / name, (TRAINING / "EXPERIMENTS.md").read_text()
