@@ -112,6 +112,13 @@ def test_the_tables(recipe, calls, tmp_path):
     assert line.endswith(f" | {sure['is_the_first_wrong']['probability']['minus_s_r2']:.2f} | - |")
 
 
+def test_without_both_kinds_of_foils_none_are_summed_up():
+    row = {"preferred": 50.0, "found": 40.0, "was_lowest": 30.0, "chance": 20.0, "number": 5}
+    for kind in ("swap", "colour"):
+        table = compare_measures.foils_table({"grm": {"foils": [{"all": row, kind: row}]}})
+        assert table.splitlines()[0] == f"| true caption higher | seeds | all | {kind} |"
+
+
 def test_calibration_fits_on_the_split_that_chose_the_epoch(recipe, tmp_path):
     (tmp_path / "base.yaml").write_text("dataset: scenes\nvalidation_split: train\n")
     step = next(compare_measures.missing_steps(Comparison.read(recipe), "grm", 1, ["uncertainty"], None))

@@ -173,7 +173,8 @@ def foils_table(runs: dict[str, dict]) -> str:
     A third table, of the runs that have it: how often the word that stood there had the lowest share before it was edited.
     """
     known = next(iter(runs.values()))["foils"][0]
-    kinds, tables = ["all", "replaced", *(kind for kind in known if kind != "all")], []
+    edits, tables = [kind for kind in known if kind != "all"], []
+    kinds = ["all", *(["replaced"] if "swap" in edits and len(edits) > 1 else []), *edits]
     for figure, title in FOIL_FIGURES.items():
         lines = [[title, "seeds", *kinds]]
         for name, run in runs.items():
