@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 BASELINES = ("random_patch", "image_center", "largest_box")
+FOIL_FIGURES = {
+    "preferred": "true caption higher",
+    "found": "edited word lowest",
+    "was_lowest": "lowest before the edit",
+}
 WAYS = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
 
 
@@ -89,13 +94,12 @@ def _grounding(result: dict[str, Any]) -> str:
 
 
 def _foils(result: dict[str, Any]) -> str:
-    others = [name for name in ("was_lowest", "chance") if all(name in row for row in result["foils"].values())]
-    names = {"was_lowest": "lowest before the edit", "chance": "by chance"}
-    head = ["edited", "number", "true caption higher", "edited word lowest", *(names[name] for name in others)]
+    before = ["was_lowest"] if all("was_lowest" in row for row in result["foils"].values()) else []
+    head = ["edited", "number", *(FOIL_FIGURES[name] for name in ("preferred", "found", *before)), "by chance"]
     rows = [
         [
             *(kind, row["number"], _percent(row, "preferred", ("low", "high"))),
-            *(_percent(row, "found", ("found_low", "found_high")), *(_percent(row, name) for name in others)),
+            *(_percent(row, "found", ("found_low", "found_high")), *(_percent(row, name) for name in [*before, "chance"])),
         ]
         for kind, row in result["foils"].items()
     ]

@@ -19,9 +19,9 @@ from filelock import FileLock, Timeout
 from .engines import Engine
 from .engines.brute_force import BruteForce
 from .shards import TokenShards
-from .whole_files import write_whole
+from .whole_files import UNFINISHED, write_whole
 
-OWN_NAMES = {"index.json.unfinished", "engine", "tokens", "write.lock"}  # of an index that was killed as it was made
+OWN_NAMES = {f"index.json{UNFINISHED}", "engine", "tokens", "write.lock"}  # of an index that was killed as it was made
 ENGINES = ("edge", "torch")  # of a folder
 EXTRAS = {"edge": "index", "server": "server"}  # what to install
 

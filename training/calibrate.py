@@ -108,14 +108,15 @@ def main(argv: list[str] | None = None) -> dict:
             **{way: measure(measured, test, way, fitted) for way in WAYS},
         }
     if accelerator.is_main_process:
+        is_whole = args.max_images is None
+        if is_whole:
+            save_fitted(folder, fitted)
         output = folder / f"uncertainty-{part_name(args.split, args.max_images)}.json"
         write_whole(output, json.dumps(result, indent=2) + "\n")
-        if args.max_images is None:
-            save_fitted(folder, fitted)
-            if (folder / "metrics.json").is_file():
-                write_model_card(folder)
+        if is_whole and (folder / "metrics.json").is_file():
+            write_model_card(folder)
         print(table(result))
-        stored = "not stored, as of a part of the split only" if args.max_images else f"written to {folder / 'config.json'}"
+        stored = f"written to {folder / 'config.json'}" if is_whole else "not stored, as of a part of the split only"
         print(f"fitted values {stored}; the figures are in {output}")
     accelerator.end_training()
     return result

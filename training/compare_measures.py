@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from granalign_hf.calibration import WAYS
-from granalign_hf.card_sections import BASELINES, mean_and_spread
+from granalign_hf.card_sections import BASELINES, FOIL_FIGURES, mean_and_spread
 from granalign_hf.training.compare import (
     Comparison,
     add_jobs,
@@ -35,11 +35,6 @@ from granalign_hf.whole_files import write_whole
 # What is measured -> its figures.
 MEASURES = {"grounding": ("pointing", "corner_share", "auroc"), "foils": ("foils",), "uncertainty": WAYS}
 AREAS = ("patch_saliency", "word_saliency", "content_words")
-FOIL_FIGURES = {
-    "preferred": "true caption higher",
-    "found": "edited word lowest",
-    "was_lowest": "lowest before the edit",
-}
 DOUBTS = ("margin", "probability", "entropy", "standard_error", "image_entropy", "caption_length")
 OF_LEVELS = ("probability", "standard_error")  # whose -S R^2 is shown
 

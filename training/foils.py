@@ -18,7 +18,7 @@ import numpy as np
 from granalign_hf.grounding import summarize_hits
 from granalign_hf.modeling.modeling_granalign import GranAlignModel
 from granalign_hf.modeling.processing_granalign import GranAlignProcessor
-from granalign_hf.modeling.words import words_of, words_within
+from granalign_hf.modeling.words import Word, words_of, words_within
 from granalign_hf.training.by_image import Encoded, measure_by_image
 from granalign_hf.training.data import CaptionedImages
 from granalign_hf.training.phrases import LocatedCaption, Phrase
@@ -209,27 +209,29 @@ def _answers(model, tokenizer, seen: Encoded, foils: list[Foil]) -> list[_Answer
     own = type(image)(**{name: values[index : index + 1] for name, values in image.items()})
     captions = type(text)(**{name: values[rows.start : rows.stop] for name, values in text.items()})
     scores = model.score(own, captions)[0].tolist()
-    answers, first_wrong = [], len(rows) - len(foils)
-
-    def lowest(caption: str, place: int, spans: Sequence[tuple[int, int]]) -> tuple[bool, float]:
-        """Whether a word in the spans has the lowest share, of those and of content words, and by chance how often."""
-        read = words_of(caption, tokenizer)
-        inside = {word for start, end in spans for word in words_within(read, start, end)}
-        words = [word for word in read if word.is_content or word in inside]  # a number counts where it was edited
-        if not words:
-            return False, 0.0
-        shares = model.explain(image, text, index, rows[place]).patch_shares.sum(dim=1).cpu()
-        of_words = [shares[list(word.tokens)].sum().item() for word in words]
-        least = [word for word, share in zip(words, of_words, strict=True) if share == min(of_words)]
-        return all(word in inside for word in least), len(inside) / len(words)
-
-    true = {caption: place for place, caption in enumerate(_texts(foils)[:first_wrong])}
+    texts, answers, first_wrong = _texts(foils), [], len(rows) - len(foils)
+    shares = []
+    for caption, row in zip(texts, rows, strict=True):
+        of_tokens = model.explain(image, text, index, row).patch_shares.sum(dim=1).cpu()
+        words = words_of(caption, tokenizer)
+        shares.append([(word, of_tokens[list(word.tokens)].sum().item()) for word in words])
+    true = {caption: place for place, caption in enumerate(texts[:first_wrong])}
     for place, foil in enumerate(foils, start=first_wrong):
-        is_found, chance = lowest(foil.wrong, place, foil.spans)
-        was_lowest, _ = lowest(foil.caption, true[foil.caption], foil.before)
-        is_preferred = scores[true[foil.caption]] > scores[place]
-        answers.append(_Answer(foil.image, foil.kind, is_preferred, is_found, was_lowest, chance))
+        of_true = true[foil.caption]
+        is_found, chance = _lowest(shares[place], foil.spans)
+        was_lowest, _ = _lowest(shares[of_true], foil.before)
+        answers.append(_Answer(foil.image, foil.kind, scores[of_true] > scores[place], is_found, was_lowest, chance))
     return answers
+
+
+def _lowest(shares: list[tuple[Word, float]], spans: Sequence[tuple[int, int]]) -> tuple[bool, float]:
+    """Whether a word in the spans has the lowest share, of those and of content words, and by chance how often."""
+    inside = {word for start, end in spans for word in words_within([word for word, _ in shares], start, end)}
+    counted = [(word, share) for word, share in shares if word.is_content or word in inside]  # a number where it was edited
+    if not counted:
+        return False, 0.0
+    least = min(share for _, share in counted)
+    return all(word in inside for word, share in counted if share == least), len(inside) / len(counted)
 
 
 def _summary(answers: list[_Answer]) -> dict[str, Any]:

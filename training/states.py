@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from torch.distributed.fsdp import StateDictType
 
 from granalign_hf.training.arguments import RunArguments
-from granalign_hf.whole_files import write_whole
+from granalign_hf.whole_files import to_disk, write_whole
 
 logger = get_logger(__name__)
 # Settings that may change when a run goes on: they leave its steps as they are.
@@ -211,11 +210,10 @@ def _unreadable(folder: Path) -> ValueError:
 
 
 def flush(folder: Path) -> None:
-    """Brings the files of a folder to the disk, so that not even a power cut leaves what comes after them without them."""
+    """Brings the files of a folder to the disk, before what says that they are there."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
+            to_disk(path)
 
 
 def _complete(folder: Path) -> list[Path]:
